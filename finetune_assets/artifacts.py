@@ -1,0 +1,236 @@
+"""Published artifacts: folders that are whole or not there, each with a manifest of what made it.
+
+Layout: `<store>/<recipe>/<asset>/<fingerprint>/` with `manifest.json` inside; beside the artifacts of an asset lie
+`CURRENT` (the fingerprint last materialised), a lock file, and staging folders while something is being built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below
+from finetune_assets.errors import StepFailed
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What an artifact's identity is made of, in clear, and the digest of it."""
+
+    ingredients: Mapping[str, Any]
+
+    @cached_property
+    def hex(self) -> str:
+        return digest_of(dict(self.ingredients))[:FINGERPRINT_LENGTH]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published folder and its manifest."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def data_version(self) -> str:
+        """The content's version: equal content, equal version, whatever made it."""
+        return self.manifest["data_version"]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.manifest["metrics"]
+
+    def part_version(self, part: str) -> str:
+        """The data version of one named part (a split, a GGUF type)."""
+        return self.manifest["parts"][part]
+
+    def damage(self, digests: DigestCache) -> str | None:
+        """What is wrong with the files on disk, or None. Reads only what changed since its digest was taken."""
+        for name, record in self.manifest["files"].items():
+            path = self.path / name
+            try:
+                size = path.stat().st_size
+                if size != record["size"]:
+                    return f"{name} has {size} bytes instead of {record['size']}"
+                if digests.file(path) != record["sha256"]:
+                    return f"the content of {name} has changed since it was published"
+            except FileNotFoundError:
+                return f"{name} is gone"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+        return None
+
+
+@dataclass
+class Made:
+    """What a step says of what it put into its staging folder.
+
+    Args:
+        metrics: JSON-able facts and figures for the manifest and the asset page.
+        parts: named parts of the artifact that downstream assets may depend on alone: part -> its files.
+        content: the files whose bytes are the data version; None: all of them.
+    """
+
+    metrics: dict[str, Any]
+    parts: Mapping[str, list[str]] | None = None
+    content: list[str] | None = None
+
+
+class ArtifactStore:
+    """Artifacts of every recipe, below one folder."""
+
+    def __init__(self, root: Path, digests: DigestCache):
+        self.root = root
+        self.digests = digests
+
+    def folder(self, recipe: str, asset: str) -> Path:
+        return self.root / recipe / asset
+
+    def get(self, recipe: str, asset: str, fingerprint: str) -> Artifact | None:
+        """The artifact with this fingerprint, if it was published and its manifest can be understood."""
+        path = self.folder(recipe, asset) / fingerprint
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": fingerprint}
+        if not isinstance(manifest, dict) or any(manifest.get(key) != value for key, value in wanted.items()):
+            return None
+        return Artifact(path, manifest)
+
+    def current(self, recipe: str, asset: str) -> Artifact | None:
+        """The artifact that was materialised last."""
+        try:
+            fingerprint = (self.folder(recipe, asset) / "CURRENT").read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+        return self.get(recipe, asset, fingerprint)
+
+    def make_current(self, artifact: Artifact) -> None:
+        """Record that this artifact is what the asset was last materialised to."""
+        pointer = artifact.path.parent / "CURRENT"
+        if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
+            write_atomically(pointer, artifact.fingerprint + "\n")
+
+    @contextmanager
+    def building(self, recipe: str, asset: str, fingerprint: str) -> Iterator[Path]:
+        """Hold the asset's lock and give an empty staging folder, removed at the end unless published.
+
+        A second builder of the same asset waits here. Folders left by builders that were killed are swept first: the
+        lock proves that nobody is at work in them.
+
+        Raises:
+            StepFailed: the store cannot be written.
+        """
+        from filelock import FileLock
+
+        folder = self.folder(recipe, asset)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                for left in folder.glob(".staging-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                staging = Path(tempfile.mkdtemp(prefix=f".staging-{fingerprint}-", dir=folder))
+                staging.chmod(0o755)
+                try:
+                    yield staging
+                finally:
+                    shutil.rmtree(staging, ignore_errors=True)
+        except OSError as error:
+            raise _disk_trouble(error, folder) from error
+
+    def publish(
+        self, staging: Path, recipe: str, asset: str, fingerprint: Fingerprint, made: Made, record: Mapping[str, Any]
+    ) -> Artifact:
+        """Turn a staging folder into a published artifact, in one rename.
+
+        Args:
+            record: what else the manifest shall say (time, libraries, seed, ...).
+        """
+        target = self.folder(recipe, asset) / fingerprint.hex
+        files = {
+            name: {"size": path.stat().st_size, "sha256": self.digests.file(path)}
+            for name, path in files_below(staging).items()
+        }
+        sha256 = {name: entry["sha256"] for name, entry in files.items()}
+        manifest = {
+            "version": MANIFEST_VERSION,
+            "recipe": recipe,
+            "asset": asset,
+            "fingerprint": fingerprint.hex,
+            "ingredients": dict(fingerprint.ingredients),
+            "data_version": digest_of_files(
+                {name: sha256[name] for name in (sha256 if made.content is None else made.content)}
+            )[:FINGERPRINT_LENGTH],
+            "parts": {
+                part: digest_of_files({name: sha256[name] for name in names})[:FINGERPRINT_LENGTH]
+                for part, names in (made.parts or {}).items()
+            },
+            "files": files,
+            "metrics": made.metrics,
+            **record,
+        }
+        for path in files_below(staging).values():
+            _fsync(path)
+        write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        old = None
+        if target.exists():
+            old = target.with_name(f".staging-replaced-{fingerprint.hex}")
+            target.rename(old)
+        staging.rename(target)
+        _fsync(target.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+        return Artifact(target, manifest)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _disk_trouble(error: OSError, folder: Path) -> StepFailed:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder).free / 1e9
+        return StepFailed(
+            f"no space left on the disk of {folder} ({free:.1f} GB free); nothing was published",
+            "free some space, or set DAGSTER_HOME to a folder on a larger disk",
+        )
+    return StepFailed(f"{error.filename or folder}: {error.strerror or error}; nothing was published")

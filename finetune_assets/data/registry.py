@@ -1,0 +1,86 @@
+"""dataset_info.json: which data sets there are, where their files lie, and what their columns are called.
+
+The file's keys are LLaMA-Factory's; an unknown key is refused instead of ignored.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from finetune_assets.data.json_file import read_json
+from finetune_assets.errors import BadInput
+from finetune_assets.recipe import Section, did_you_mean
+
+REGISTRY = "dataset_info.json"
+
+
+class Columns(Section):
+    """What the columns of alpaca rows are called; one not named here keeps its usual name."""
+
+    prompt: str = "instruction"
+    query: str = "input"
+    response: str = "output"
+    system: str = "system"
+    history: str = "history"
+
+
+class Entry(Section):
+    """One registered data set."""
+
+    file_name: str
+    formatting: Literal["alpaca"] = "alpaca"
+    columns: Columns = Field(default_factory=Columns)
+
+
+def load_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
+    """The registry entries of the named data sets.
+
+    Raises:
+        BadInput: no registry, a name that is not in it, or an entry that says what we do not know.
+    """
+    path = folder / REGISTRY
+    registry = read_json(path)
+    if not isinstance(registry, dict):
+        raise BadInput(f"{path}: must be an object: data set name -> entry")
+    problems: list[str] = []
+    entries: dict[str, Entry] = {}
+    for name in names:
+        if name not in registry:
+            problems.append(f"{path}: no data set {name!r}{did_you_mean(name, registry)}")
+            continue
+        try:
+            entries[name] = Entry.model_validate(registry[name])
+        except ValidationError as error:
+            problems += [f"{path}: {name}: {_explain(item)}" for item in error.errors()]
+    if problems:
+        raise BadInput("\n".join(problems))
+    return entries
+
+
+def data_file(folder: Path, entry: Entry) -> Path:
+    """The entry's file, inside the data folder.
+
+    Raises:
+        BadInput: it is not there, is no file, or lies outside the folder.
+    """
+    path = (folder / entry.file_name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} leaves the data folder")
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file", f"{folder / REGISTRY} names it as file_name")
+    if path.suffix not in (".json", ".jsonl"):
+        raise BadInput(f"{path}: only .json and .jsonl files can be read", "convert the file to JSON Lines")
+    return path
+
+
+def _explain(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        owner = Columns if item["loc"][0] == "columns" else Entry
+        return f"unknown key {where!r}{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"

@@ -1,0 +1,43 @@
+"""An immutable copy of the source files of a recipe's data sets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.data.registry import REGISTRY, data_file, load_entries
+from finetune_assets.digests import DigestCache, digest_of
+
+
+def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict[str, str]:
+    """What identifies the sources: data set name -> digest of its registry entry and its file's bytes.
+
+    Raises:
+        BadInput: the registry or a file is not there or cannot be understood.
+    """
+    entries = load_entries(folder, names)
+    return {
+        name: digest_of([entry.model_dump(exclude={"file_name"}), digests.file(data_file(folder, entry))])
+        for name, entry in entries.items()
+    }
+
+
+def take(folder: Path, names: list[str], out: Path) -> dict[str, Any]:
+    """Copy the named data sets' files into `out` with a registry of their own; facts for the manifest.
+
+    Raises:
+        BadInput: as source_digests.
+    """
+    registry: dict[str, Any] = {}
+    files: list[dict[str, Any]] = []
+    for index, (name, entry) in enumerate(load_entries(folder, names).items()):
+        source = data_file(folder, entry)
+        # numbered: two data sets may share a file or have files of one name in different folders
+        copy = out / f"{index:02d}-{source.name}"
+        shutil.copyfile(source, copy)
+        registry[name] = {**entry.model_dump(exclude_unset=True), "file_name": copy.name}
+        files.append({"dataset": name, "file": entry.file_name, "bytes": copy.stat().st_size})
+    (out / REGISTRY).write_text(json.dumps(registry, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {"datasets": files}

@@ -1,0 +1,88 @@
+"""Rows -> train, validation and test, decided by content so that row order and file layout do not matter."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finetune_assets.data.alpaca import Message
+from finetune_assets.digests import digest_of
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation of one data set, identified by its content."""
+
+    dataset: str
+    messages: tuple[Message, ...]
+
+    @property
+    def id(self) -> str:
+        return digest_of([dict(message) for message in self.messages])[:16]
+
+    @property
+    def question(self) -> str:
+        """What is asked, without case, punctuation and white space: rows that share it stay in one split."""
+        text = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
+        folded = unicodedata.normalize("NFKC", text).casefold()
+        return "".join(char for char in folded if unicodedata.category(char)[0] in "LNS")
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+def split(rows: Sequence[Row], *, val_size: float, test_size: float, seed: int) -> Splits:
+    """Hold out the same share of each data set, whole questions at a time.
+
+    Args:
+        val_size, test_size: a share of each data set below 1, else a count over all data sets.
+
+    A question is ranked by the digest of its text and the seed; the first ones are the test split, the next ones the
+    validation split. So a row keeps its split when others come and go, except near the border. Within a split the
+    rows keep the order they were given in.
+    """
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        by_question.setdefault(row.question, []).append(row)
+    # a question asked in several data sets counts for the first of them
+    groups: dict[str, list[list[Row]]] = {}
+    for group in by_question.values():
+        groups.setdefault(min(row.dataset for row in group), []).append(group)
+    parts: dict[str, list[Row]] = {"test": [], "validation": [], "train": []}
+    for members in groups.values():
+        members.sort(key=lambda group: rank(group[0].question, seed))
+        total = sum(len(group) for group in members)
+        held_out = {
+            "test": _count(test_size, total, len(rows)),
+            "validation": _count(val_size, total, len(rows)),
+            "train": total,
+        }
+        queue = iter(members)
+        for name, wanted in held_out.items():
+            taken = 0
+            while taken < wanted and (group := next(queue, None)) is not None:
+                parts[name] += group
+                taken += len(group)
+    position = {id(row): place for place, row in enumerate(rows)}
+    for part in parts.values():
+        part.sort(key=lambda row: position[id(row)])
+    return Splits(parts["train"], parts["validation"], parts["test"])
+
+
+def rank(text: str, seed: int) -> str:
+    """A position for `text` that depends on nothing but the text and the seed."""
+    return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def _count(size: float, total: int, of: int) -> int:
+    """Rows to hold out of a data set of `total`: at least one when any are asked for and more than one is there."""
+    if size == 0 or total < 2:
+        return 0
+    share = size if size < 1 else size / of
+    return min(max(1, round(share * total)), total - 1)

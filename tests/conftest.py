@@ -1,0 +1,131 @@
+"""What the tests share: the real small model, a tiny random one, and projects of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from finetune_assets import base_model
+from finetune_assets.project import Project
+from finetune_assets.recipe_file import load_recipe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
+os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nor to a server that happens to run here
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The demo's base model, as the demo makes it: SmolLM2-135M-Instruct in float32, in a folder kept between runs."""
+    recipe = load_recipe(REPOSITORY / "configs" / "demo.yaml")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-assets"
+    folder = cache / "tests" / f"smollm2-{str(recipe.model.model_sha256)[:12]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "tests.lock"):
+        if not folder.is_dir():
+            staging = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            base_model.fetch(recipe.model, REPOSITORY, cache, staging, lambda event: None)
+            staging.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with the real tokenizer and chat template: seconds for a whole chain."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class MiniProject(Project):
+    """A project in a temporary folder, with one recipe that the tests edit."""
+
+    def recipe_path(self, name: str = "mini") -> Path:
+        return self.configs / f"{name}.yaml"
+
+    def edit(self, name: str = "mini", **sections: dict[str, Any]) -> None:
+        """Set keys of a recipe's sections: edit(train={"learning_rate": 1e-3}); None removes a key."""
+        content = yaml.safe_load(self.recipe_path(name).read_text())
+        for section, values in sections.items():
+            merged = {**content.get(section, {}), **values}
+            content[section] = {key: value for key, value in merged.items() if value is not None}
+        self.recipe_path(name).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def write_rows(self, rows: list[dict[str, Any]], name: str = "facts", **dump: Any) -> Path:
+        path = self.root / "data" / f"{name}.json"
+        path.write_text(json.dumps(rows, ensure_ascii=False, **dump))
+        return path
+
+
+def rows(count: int = 12) -> list[dict[str, Any]]:
+    """Short alpaca rows, English and Chinese in turn."""
+    english = [
+        {"instruction": f"Say the number {n}.", "input": "", "output": f"Number {n}.", "history": []}
+        for n in range(count)
+    ]
+    chinese = [
+        {"instruction": f"请说数字{n}。", "input": "", "output": f"数字是{n}。", "history": []} for n in range(count)
+    ]
+    return [row for pair in zip(english, chinese, strict=True) for row in pair][:count]
+
+
+@pytest.fixture
+def mini(tmp_path: Path, request: pytest.FixtureRequest) -> MiniProject:
+    """A project with one data set of 12 rows and one recipe `mini`; its base model is a folder that is not there."""
+    project = MiniProject(tmp_path / "project", tmp_path / "project" / "dagster_home")
+    (project.root / "data").mkdir(parents=True)
+    project.configs.mkdir()
+    project.home.mkdir()
+    (project.root / "pyproject.toml").write_text("")
+    project.write_rows(rows())
+    (project.root / "data" / "dataset_info.json").write_text(json.dumps({"facts": {"file_name": "facts.json"}}))
+    recipe = {
+        "dataset": {"dataset": ["facts"], "test_size": 2},
+        "model": {"model_name_or_path": "./base"},
+        "train": {"max_steps": 2, "per_device_train_batch_size": 4, "cutoff_len": 128, "learning_rate": 1e-3},
+        "evaluate": {"max_new_tokens": 4},
+        "ollama": {"name": "mini"},
+    }
+    project.recipe_path().write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return project
+
+
+@pytest.fixture
+def project_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Project], None]:
+    """Make a project the one that the command line finds."""
+
+    def enter(project: Project) -> None:
+        monkeypatch.setenv("FINETUNE_PROJECT", str(project.root))
+        monkeypatch.setenv("DAGSTER_HOME", str(project.home))
+
+    return enter

@@ -1,0 +1,186 @@
+"""What is stale and why, on real steps of the data room: no model is needed to find out."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from finetune_assets.artifacts import ArtifactStore
+from finetune_assets.assets.dataset_info import DATASET_INFO
+from finetune_assets.assets.raw_dataset import RAW_DATASET
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.materialise import Outcome, materialise
+from finetune_assets.plan import Planned, make_plan, open_store
+from finetune_assets.recipe_file import load_recipe
+from tests.conftest import MiniProject, rows
+
+BODIES = {"raw_dataset": RAW_DATASET.build, "dataset_info": DATASET_INFO.build}
+
+
+def plan(mini: MiniProject) -> dict[str, Planned]:
+    (mini.root / "base").mkdir(exist_ok=True)
+    return make_plan(load_recipe(mini.recipe_path()), mini, open_store(mini))
+
+
+def make(mini: MiniProject, asset: str, **options: bool) -> Outcome:
+    (mini.root / "base").mkdir(exist_ok=True)
+    recipe = load_recipe(mini.recipe_path())
+    return materialise(asset, recipe, mini, BODIES[asset], lambda event: None, **options)
+
+
+def make_data(mini: MiniProject) -> None:
+    for asset in BODIES:
+        make(mini, asset)
+
+
+def states(mini: MiniProject) -> tuple[str, str]:
+    found = plan(mini)
+    return found["raw_dataset"].state, found["dataset_info"].state
+
+
+def test_nothing_is_there_at_first(mini: MiniProject):
+    found = plan(mini)
+    assert {item.state for item in found.values()} == {"missing"}
+    assert found["lora_adapter"].reasons == ("never made", "upstream dataset_info, base_model will run")
+
+
+def test_what_was_made_is_fresh_and_reused(mini: MiniProject):
+    make_data(mini)
+    assert states(mini) == ("fresh", "fresh")
+    assert make(mini, "dataset_info").reused
+    assert not make(mini, "dataset_info", force=True).reused
+    assert states(mini) == ("fresh", "fresh")
+
+
+def test_comments_key_order_and_spelled_out_defaults_change_nothing(mini: MiniProject):
+    make_data(mini)
+    text = mini.recipe_path().read_text()
+    mini.recipe_path().write_text("# a comment\n" + text)
+    mini.edit(dataset={"seed": 42, "val_size": 0.0, "dataset_dir": "data"})
+    assert states(mini) == ("fresh", "fresh")
+
+
+def test_a_touched_file_changes_nothing(mini: MiniProject):
+    make_data(mini)
+    os.utime(mini.root / "data" / "facts.json", (1, 1))
+    assert states(mini) == ("fresh", "fresh")
+
+
+def test_a_reformatted_file_stops_at_dataset_info(mini: MiniProject):
+    make_data(mini)
+    before = make(mini, "dataset_info").artifact
+    mini.write_rows(list(reversed(rows())), indent=2)
+    found = plan(mini)
+    assert (found["raw_dataset"].state, found["raw_dataset"].reasons) == ("stale", ("source facts changed",))
+    assert (found["dataset_info"].state, found["dataset_info"].reasons) == ("maybe", ("upstream raw_dataset will run",))
+    make_data(mini)
+    after = make(mini, "dataset_info").artifact
+    assert after.fingerprint != before.fingerprint
+    assert after.data_version == before.data_version
+    assert states(mini) == ("fresh", "fresh")
+
+
+def test_a_changed_value_is_named_with_old_and_new(mini: MiniProject):
+    make_data(mini)
+    mini.edit(dataset={"test_size": 3, "max_samples": 11})
+    assert plan(mini)["dataset_info"].reasons == ("dataset.max_samples none -> 11", "dataset.test_size 2.0 -> 3.0")
+    assert plan(mini)["raw_dataset"].state == "fresh"
+
+
+def test_training_values_do_not_touch_the_data(mini: MiniProject):
+    make_data(mini)
+    mini.edit(train={"learning_rate": 0.1}, ollama={"system": "x"}, gguf={"types": ["f32"]})
+    assert states(mini) == ("fresh", "fresh")
+
+
+def test_going_back_costs_nothing(mini: MiniProject):
+    make_data(mini)
+    first = make(mini, "dataset_info").artifact.fingerprint
+    mini.edit(dataset={"test_size": 3})
+    make_data(mini)
+    mini.edit(dataset={"test_size": 2})
+    assert states(mini) == ("fresh", "fresh")
+    outcome = make(mini, "dataset_info")
+    assert outcome.reused and outcome.artifact.fingerprint == first
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: path.unlink(), "train.jsonl is gone"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
+        (lambda path: path.write_bytes(path.read_bytes()[::-1]), "the content of train.jsonl has changed"),
+    ],
+)
+def test_damage_is_seen_named_and_mended(mini: MiniProject, damage, reason: str):
+    make_data(mini)
+    artifact = make(mini, "dataset_info").artifact
+    content = (artifact.path / "train.jsonl").read_bytes()
+    damage(artifact.path / "train.jsonl")
+    found = plan(mini)["dataset_info"]
+    assert found.state == "stale" and reason in found.reasons[0]
+    make(mini, "dataset_info")
+    assert states(mini) == ("fresh", "fresh")
+    assert (artifact.path / "train.jsonl").read_bytes() == content
+
+
+def test_a_manifest_that_is_not_ours_counts_as_missing_and_is_kept(mini: MiniProject):
+    make_data(mini)
+    manifest = make(mini, "raw_dataset").artifact.path / "manifest.json"
+    for text in ("{}", "not json", '{"version": 99}'):
+        manifest.write_text(text)
+        assert plan(mini)["raw_dataset"].state == "missing"
+        assert manifest.read_text() == text
+
+
+def test_a_step_without_its_upstream_says_what_to_do(mini: MiniProject):
+    with pytest.raises(StepFailed, match=r"mini/raw_dataset has not been made yet\nmaterialise mini/raw_dataset first"):
+        make(mini, "dataset_info")
+
+
+def test_a_failed_body_publishes_nothing_and_leaves_nothing(mini: MiniProject):
+    make(mini, "raw_dataset")
+    mini.edit(dataset={"test_size": 0.999})
+    (mini.root / "data" / "facts.json").write_text('[{"instruction": "a", "output": ""}]')
+    make(mini, "raw_dataset")
+    with pytest.raises(BadInput, match="has no answer"):
+        make(mini, "dataset_info")
+    folder = open_store(mini).folder("mini", "dataset_info")
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_what_a_killed_builder_left_is_swept(mini: MiniProject):
+    make_data(mini)
+    left = open_store(mini).folder("mini", "dataset_info") / ".staging-dead-abc"
+    left.mkdir()
+    (left / "train.jsonl").write_text("half")
+    assert states(mini) == ("fresh", "fresh")
+    make(mini, "dataset_info", force=True)
+    assert not left.exists()
+
+
+def test_missing_sources_are_bad_input(mini: MiniProject):
+    (mini.root / "data" / "facts.json").unlink()
+    with pytest.raises(BadInput, match="no such file"):
+        plan(mini)
+    mini.write_rows(rows())
+    (mini.root / "base").rmdir() if (mini.root / "base").exists() else None
+    with pytest.raises(BadInput, match="base model not found"):
+        make_plan(load_recipe(mini.recipe_path()), mini, open_store(mini))
+
+
+def test_two_recipes_on_the_same_data_share_nothing(mini: MiniProject):
+    mini.recipe_path("second").write_text(mini.recipe_path().read_text())
+    make_data(mini)
+    (mini.root / "base").mkdir(exist_ok=True)
+    second = make_plan(load_recipe(mini.recipe_path("second")), mini, open_store(mini))
+    assert second["raw_dataset"].state == "missing"
+
+
+def test_the_store_works_without_its_digest_cache(mini: MiniProject):
+    make_data(mini)
+    store: ArtifactStore = open_store(mini)
+    (mini.cache / "digests.sqlite").write_bytes(b"this is no database")
+    assert states(mini) == ("fresh", "fresh")
+    assert store.current("mini", "dataset_info") is not None
