@@ -1,0 +1,1 @@
+"""The chat template, and talking to a model at each stage of its making."""

@@ -1,0 +1,250 @@
+"""Talking to a model at each stage of its making: base, adapter or merged folder, GGUF file, Ollama.
+
+All engines answer greedily, so that what differs between two of them is the model. Messages are
+{"role", "content"} dictionaries and end with a user turn; a system prompt is added by the caller.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from queue import Queue
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+
+from finetune_assets.chat.decoding import context_length, greedy_steps, load_chat, load_model
+from finetune_assets.chat.template import encode_prompt
+from finetune_assets.errors import StepFailed
+
+if TYPE_CHECKING:
+    from finetune_assets.device import Device
+
+Messages = list[dict[str, str]]
+
+
+class Engine(Protocol):
+    """Something that answers. `stream` yields the answer in pieces as they come; `close` frees the model's memory."""
+
+    name: str
+
+    def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
+        """The answer, piece by piece. Leaving the iteration early ends the generation.
+
+        Raises:
+            StepFailed: the conversation does not fit into the context, or the server gave no answer.
+        """
+        ...
+
+    def close(self) -> None:
+        """The engine is not used any more."""
+        ...
+
+
+def answer(engine: Engine, messages: Messages, max_new_tokens: int = 128) -> str:
+    """The whole answer at once, without surrounding white space."""
+    return "".join(engine.stream(messages, max_new_tokens=max_new_tokens)).strip()
+
+
+class TransformersEngine:
+    """A Hugging Face folder (base or merged model), with an adapter on it if one is given."""
+
+    def __init__(self, folder: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False):
+        self.name = f"{folder.name} + {adapter.name}" if adapter else folder.name
+        self._chat = load_chat(adapter or folder, trust_remote_code=trust_remote_code)
+        self._model: Any = load_model(folder, adapter, device, trust_remote_code=trust_remote_code)
+
+    @property
+    def default_system(self) -> str | None:
+        """The system prompt that the model was trained with, for callers who have no other."""
+        return self._chat.default_system
+
+    def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
+        """See `Engine.stream`."""
+        prompt = encode_prompt(self._chat.tokenizer, messages)
+        room = context_length(self._model)
+        if room is not None and len(prompt) >= room:
+            raise _too_long(len(prompt), room)
+        most = max_new_tokens if room is None else min(max_new_tokens, room - len(prompt))
+        said: list[int] = []
+        shown = ""
+        for [(_, token)] in greedy_steps(self._model, [prompt], self._chat.stop_token_ids, most):
+            if token in self._chat.stop_token_ids:
+                break
+            said.append(token)
+            text = self._text(said)
+            # Bytes of an unfinished character decode to this mark: they wait for the rest of it.
+            if text.endswith("\ufffd"):
+                continue
+            yield text[len(shown) :]
+            shown = text
+        if rest := self._text(said)[len(shown) :]:
+            yield rest
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._model = None
+
+
+class GgufEngine:
+    """A GGUF file in llama.cpp, inside this process, rendered by the chat template that the file carries.
+
+    llama.cpp's server object opens a port on the loopback interface, which it cannot be talked out of; a random key
+    keeps everyone else from using it.
+
+    Args:
+        num_ctx: context window in tokens; prompt and answer share it, and memory grows with it.
+
+    Raises:
+        StepFailed: no such file, or llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, *, num_ctx: int = 2048):
+        if not path.is_file():
+            raise StepFailed(f"{path}: there is no such GGUF file", "materialise gguf_file, or check the path")
+        self.name = path.stem
+        xllamacpp: Any = import_module("xllamacpp")  # a compiled module without type stubs
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx = num_ctx
+        params.n_parallel = 1
+        params.cpuparams.n_threads = _cores()
+        params.verbosity = -1  # nothing on stderr
+        params.warmup = False
+        params.hostnames = ["127.0.0.1"]
+        params.port = 0
+        params.api_keys = [secrets.token_urlsafe(32)]
+        params.ui = False
+        params.endpoint_slots = False
+        params.cache_ram_mib = 0  # else up to 8 GiB of earlier prompts
+        params.force_pure_content_parser = True  # the model's words as they are, no tool calls picked out of them
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise StepFailed(
+                f"{path}: llama.cpp cannot load this file",
+                "it may be damaged, too large for the memory, or of an architecture that this llama.cpp does not know",
+            ) from error
+
+    def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
+        """See `Engine.stream`."""
+        request = {
+            "messages": messages,
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+            "stream": True,
+            "reasoning_format": "none",
+        }
+        events: Queue[dict[str, Any] | Exception | None] = Queue()
+        left = threading.Event()
+
+        def receive(event: dict[str, Any]) -> bool:
+            events.put(event)
+            return left.is_set()  # True ends the generation
+
+        def run(server: Any) -> None:
+            try:
+                server.handle_chat_completions(request, receive)
+            except Exception as error:  # whatever it is, it belongs to the thread that reads the answer
+                events.put(error)
+            events.put(None)
+
+        # llama.cpp calls back, we hand out an iterator: it needs a thread of its own (it releases the GIL).
+        worker = threading.Thread(target=run, args=[self._server], name="llama.cpp", daemon=True)
+        worker.start()
+        try:
+            while (event := events.get()) is not None:
+                yield from _piece(event)
+        finally:
+            left.set()
+            worker.join()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._server = None
+
+
+def _piece(event: dict[str, Any] | Exception) -> Iterator[str]:
+    """The text in one of llama.cpp's stream events, if there is any."""
+    if isinstance(event, Exception):
+        raise StepFailed(f"llama.cpp gave no answer: {event}") from event
+    if error := event.get("error"):
+        if error.get("type") == "exceed_context_size_error":
+            raise _too_long(error["n_prompt_tokens"], error["n_ctx"])
+        raise StepFailed(f"llama.cpp gave no answer: {error.get('message', error)}")
+    for choice in event.get("choices", []):
+        if text := choice["delta"].get("content"):
+            yield text
+
+
+class OllamaEngine:
+    """A model on an Ollama server, with the template, system prompt and stop words that were created with it.
+
+    Args:
+        host: the server, e.g. http://127.0.0.1:11434
+        name: the model's name there, with or without a tag.
+        options: of the model (temperature, num_ctx, ...); they go before those given here, which make it greedy.
+        timeout: seconds without a sign of life; loading a large model takes its time.
+    """
+
+    def __init__(self, host: str, name: str, *, options: dict[str, Any] | None = None, timeout: float = 300):
+        import ollama
+
+        self.name = name
+        self._host = host
+        # A proxy from the environment is for the world outside, and would answer for a local server.
+        self._client = ollama.Client(host=host, timeout=timeout, trust_env=not is_loopback(host))
+        # Ollama's own default penalises repetition, which is another decoding than the other engines'.
+        self._options = {"temperature": 0, "repeat_penalty": 1.0, **(options or {})}
+
+    def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
+        """See `Engine.stream`."""
+        import httpx
+        import ollama
+
+        options = {**self._options, "num_predict": max_new_tokens}
+        try:
+            for part in self._client.chat(model=self.name, messages=messages, stream=True, options=options):
+                if part.message.content:
+                    yield part.message.content
+        except ollama.ResponseError as error:
+            hint = (
+                "materialise ollama_model, or see `ollama list` for the names there"
+                if error.status_code == 404
+                else None
+            )
+            raise StepFailed(f"Ollama at {self._host}, model {self.name}: {error.error}", hint) from error
+        except (ConnectionError, httpx.HTTPError) as error:
+            raise StepFailed(
+                f"Ollama at {self._host} does not answer: {error}",
+                "start the server (`ollama serve`), or set OLLAMA_HOST to where it runs",
+            ) from error
+
+    def close(self) -> None:
+        """See `Engine.close`. The model stays loaded on the server for as long as the server keeps it."""
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the server is on this very machine."""
+    host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    return host in ("localhost", "::1", "0.0.0.0", "") or host.startswith("127.")
+
+
+def _too_long(tokens: int, room: int) -> StepFailed:
+    return StepFailed(
+        f"the conversation is {tokens} tokens long, and the model's context holds {room}",
+        "start a new conversation, or raise the context window (ollama.num_ctx in the recipe)",
+    )
+
+
+def _cores() -> int:
+    """Cores that this process may use: more threads than that slow each other down."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

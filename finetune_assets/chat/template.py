@@ -1,0 +1,266 @@
+"""From messages to token ids, in one place: what is trained, scored and served is rendered by the same Jinja text.
+
+Training, evaluation and export all come here. The tokenizer's `chat_template` is set to the resolved template by
+the caller; after that the ids of a row are exactly those of the tokenizer's own `apply_chat_template`.
+
+Which tokens are learnt: each assistant turn from its first token after the turn's header to the token that ends the
+turn, that one included. What a template writes after it (a line break, say) is never generated, so it is not learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.errors import BadInput
+from finetune_assets.recipe import did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+SMOLLM2 = (
+    "{% if messages and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
+    "{% endif %}" + CHATML
+)
+
+LLAMA3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+# Name -> the Jinja text, and the tokens that must be single entries of the vocabulary for it to make sense.
+TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
+    "smollm2": (SMOLLM2, ("<|im_start|>", "<|im_end|>")),
+    "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One conversation as token ids.
+
+    Attributes:
+        input_ids: at most `cutoff_len` ids.
+        labels: as many; the id where it is learnt, -100 elsewhere.
+        cut: the row was longer than `cutoff_len` and lost its end.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut: bool
+
+    @property
+    def learnt(self) -> int:
+        """How many tokens have a label; 0 means that there is nothing to learn from the row.
+
+        The first position is not counted: nothing comes before it to predict it from.
+        """
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The Jinja text that the recipe's `model.template` stands for.
+
+    Args:
+        name: auto (the tokenizer's own), or one of `TEMPLATES`.
+
+    Raises:
+        BadInput: no such name, a tokenizer without a template of its own, or one that lacks the template's tokens.
+    """
+    if name == "auto":
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        if not own:
+            raise BadInput(
+                "model.template is auto, but the base model's tokenizer has no chat template",
+                f"name one: {', '.join(TEMPLATES)}",
+            )
+        return own
+    if name not in TEMPLATES:
+        raise BadInput(f"model.template: unknown template {name!r}{did_you_mean(name, ['auto', *TEMPLATES])}")
+    text, tokens = TEMPLATES[name]
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in vocabulary]:
+        raise BadInput(
+            f"model.template: {name} needs the tokens {', '.join(missing)}, which the base model does not have",
+            "use auto, or a template whose tokens the base model knows",
+        )
+    return text
+
+
+def with_system(messages: Sequence[Mapping[str, str]], default_system: str | None) -> list[dict[str, str]]:
+    """The messages, with `default_system` in front where they bring no system message (none when it is empty)."""
+    own = [dict(message) for message in messages]
+    if default_system and not (own and own[0]["role"] == "system"):
+        return [{"role": "system", "content": default_system}, *own]
+    return own
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """The ids at which generation ends: the template's end-of-turn token, then the tokenizer's eos if it differs.
+
+    Raises:
+        BadInput: the template ends an assistant turn without a special token, so that a model trained with it
+            would never learn to stop.
+    """
+    probe = "Zebra"
+    turns = [{"role": "user", "content": "Horse"}, {"role": "assistant", "content": probe}]
+    text = _render(tokenizer, turns, template=template)
+    tail = text[text.rfind(probe) + len(probe) :] if probe in text else ""
+    special = set(tokenizer.all_special_ids) | {
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    ends = [index for index in _ids(tokenizer, tail) if index in special][:1]
+    if not ends:
+        raise BadInput(
+            f"the chat template ends an assistant turn with {tail!r}, which holds no special token: "
+            "a model trained with it would not learn to stop",
+            f"name another template under model.template: {', '.join(TEMPLATES)}",
+        )
+    eos = tokenizer.eos_token_id
+    return list(dict.fromkeys([*ends, *([eos] if isinstance(eos, int) else [])]))
+
+
+def chat_settings(tokenizer: PreTrainedTokenizerBase, default_system: str | None) -> dict[str, Any]:
+    """What goes into chat.json beside an adapter or a merged model: all that a server must know to talk to it."""
+    template = resolve_template("auto", tokenizer)
+    stops = stop_tokens(tokenizer, template)
+    return {
+        "template": template,
+        "default_system": default_system or None,
+        "stop_token_ids": stops,
+        "stop": [str(tokenizer.convert_ids_to_tokens(index)) for index in stops],
+    }
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, default_system: str | None = None
+) -> list[int]:
+    """The ids that a model is given to answer `messages`, which end with a user turn: the answer's header included."""
+    return _ids(tokenizer, _render(tokenizer, with_system(messages, default_system), prompt=True))
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    default_system: str | None = None,
+    cutoff_len: int = 2048,
+    train_on_prompt: bool = False,
+    mask_history: bool = False,
+) -> Encoded:
+    """One conversation as ids and labels. The ids are those of the whole rendered conversation.
+
+    A row longer than `cutoff_len` loses its end. What remains of a cut answer is learnt as it is: no end-of-turn
+    token is put where the answer does not end.
+
+    Args:
+        messages: roles system (first only), user, assistant; the last one is the assistant's.
+        cutoff_len: most tokens to keep.
+        train_on_prompt: learn every token, not only the answers'.
+        mask_history: learn the last answer only.
+
+    Raises:
+        BadInput: the template refuses the conversation, or renders its beginning differently once more turns
+            follow, so that the answers cannot be told apart.
+    """
+    if train_on_prompt and mask_history:
+        raise BadInput("train.train_on_prompt and train.mask_history exclude each other", "set one of them")
+    turns = with_system(messages, default_system)
+    text = _render(tokenizer, turns)
+    input_ids = _ids(tokenizer, text)
+    cut = len(input_ids) > cutoff_len
+    if train_on_prompt:
+        return Encoded(input_ids[:cutoff_len], input_ids[:cutoff_len], cut)
+    labels = [IGNORED] * len(input_ids)
+    stops = set(stop_tokens(tokenizer, resolve_template("auto", tokenizer)))
+    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    for place in answers[-1:] if mask_history else answers:
+        start = _boundary(tokenizer, turns, place, text, input_ids, prompt=True)
+        end = _boundary(tokenizer, turns, place + 1, text, input_ids)
+        # The last one: an answer may hold the text of a stop token itself.
+        end = next((at + 1 for at in range(end - 1, start - 1, -1) if input_ids[at] in stops), end)
+        labels[start:end] = input_ids[start:end]
+    return Encoded(input_ids[:cutoff_len], labels[:cutoff_len], cut)
+
+
+def _boundary(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, str]],
+    count: int,
+    text: str,
+    input_ids: list[int],
+    *,
+    prompt: bool = False,
+) -> int:
+    """How many of `input_ids` the first `count` turns take up (with the next answer's header if `prompt`).
+
+    Where a token spans the boundary (a header's last line break and an answer's first, say), it counts as the later
+    part's: the ids stay those of the whole text.
+    """
+    if count == len(turns) and not prompt:
+        return len(input_ids)
+    head = _render(tokenizer, turns[:count], prompt=prompt)
+    if not text.startswith(head):
+        same = next((at for at, (a, b) in enumerate(zip(head, text, strict=False)) if a != b), len(text))
+        raise BadInput(
+            "the chat template renders the beginning of a conversation differently once more turns follow "
+            f"(turn {count}: {head[same : same + 40]!r} becomes {text[same : same + 40]!r}), "
+            "so the answers of earlier turns cannot be learnt with it",
+            "set train.mask_history: true (only the last answer is learnt), or name another template under "
+            f"model.template: {', '.join(TEMPLATES)}",
+        )
+    head_ids = _ids(tokenizer, head)
+    return next(
+        (at for at, (a, b) in enumerate(zip(head_ids, input_ids, strict=False)) if a != b),
+        min(len(head_ids), len(input_ids)),
+    )
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Mapping[str, str]],
+    *,
+    prompt: bool = False,
+    template: str | None = None,
+) -> str:
+    """The conversation as the template writes it.
+
+    Raises:
+        BadInput: the template is not valid Jinja, or refuses the conversation (some know no system role, say).
+    """
+    from jinja2 import TemplateError
+
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns], chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise BadInput(
+            f"the chat template refuses a conversation with the roles {roles}: {error}",
+            "leave the role out that it does not know (model.default_system adds a system turn), or name another "
+            f"template under model.template: {', '.join(TEMPLATES)}",
+        ) from error
+    return str(rendered)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of rendered text: special tokens are in the text already, so none are added."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

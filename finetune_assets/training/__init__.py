@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of LoRA adapters, on whatever device there is."""

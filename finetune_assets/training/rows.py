@@ -1,0 +1,87 @@
+"""Rows as token ids: read from a file of conversations, encoded, counted; those that teach nothing are left out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_assets.chat.template import Encoded, encode_row
+from finetune_assets.errors import BadInput
+from finetune_assets.recipe import ModelSection, TrainSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """The rows of one file that have something to learn.
+
+    Attributes:
+        rows: in the file's order.
+        cut: how many of them lost their end at `cutoff_len`.
+        dropped: rows left out, because no token of an answer fits into `cutoff_len`.
+    """
+
+    rows: list[Encoded]
+    cut: int
+    dropped: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows, prompts included."""
+        return sum(len(row.input_ids) for row in self.rows)
+
+    @property
+    def learnt_tokens(self) -> int:
+        """Tokens that have a label."""
+        return sum(row.learnt for row in self.rows)
+
+    def dataset(self) -> Dataset:
+        """The rows as TRL takes them: columns input_ids and labels, no tokenising left to do."""
+        from datasets import Dataset
+
+        return Dataset.from_dict(
+            {"input_ids": [row.input_ids for row in self.rows], "labels": [row.labels for row in self.rows]}
+        )
+
+
+def encode_file(
+    path: Path, tokenizer: PreTrainedTokenizerBase, train: TrainSection, model: ModelSection
+) -> EncodedRows:
+    """Encode every row of a JSON Lines file of conversations.
+
+    Raises:
+        BadInput: a line is no conversation, or the template refuses it (the message names file and line).
+    """
+    encoded: list[Encoded] = []
+    cut = dropped = 0
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = encode_row(
+                    tokenizer,
+                    json.loads(line)["messages"],
+                    default_system=model.default_system,
+                    cutoff_len=train.cutoff_len,
+                    train_on_prompt=train.train_on_prompt,
+                    mask_history=train.mask_history,
+                )
+            except BadInput as error:
+                raise BadInput(f"{path.name}, line {number}: {error.message}", error.hint) from error
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadInput(
+                    f'{path.name}, line {number}: not a row of the form {{"messages": [{{role, content}}, ...]}} '
+                    f"({type(error).__name__}: {error})"
+                ) from error
+            if row.learnt:
+                encoded.append(row)
+                cut += row.cut
+            else:
+                dropped += 1
+    return EncodedRows(encoded, cut, dropped)
