@@ -1,0 +1,1 @@
+"""From adapter to served model: merge, GGUF, quantise, Modelfile, Ollama."""

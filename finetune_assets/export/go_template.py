@@ -1,0 +1,245 @@
+"""The model's own Jinja chat template as an Ollama TEMPLATE, in Go's template language, with a proof.
+
+Ollama cannot run Jinja: left alone, it compares the template with those of well-known models and, when none is near,
+prompts without any template. Here the words around each message are found by rendering conversations of marker words
+and looking at what stands between them; no list of models is involved. The result is then rendered side by side with
+the Jinja original over a battery of conversations, and refused where it differs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.errors import StepFailed
+from finetune_assets.export import go_eval
+from finetune_assets.export.gguf_file import Head, read_head
+
+Messages = list[dict[str, str]]
+
+MARKERS = {"S": "qxSystemxq", "1": "qxUserOnexq", "2": "qxReplyOnexq", "3": "qxUserTwoxq", "4": "qxReplyTwoxq",
+           "5": "qxUserThreexq"}  # fmt: skip
+ROLES = {"S": "system", "1": "user", "2": "assistant", "3": "user", "4": "assistant", "5": "user"}
+HINT = "give the model a template that Ollama can follow (model.template: chatml, say) and train again"
+
+
+@dataclass(frozen=True)
+class GoTemplate:
+    """`text` is the TEMPLATE; `system` says whether system messages are known; `notes` are differences that remain."""
+
+    text: str
+    system: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a chat template puts around messages.
+
+    before_system / first_user / after_system: before a system message; before a user message that opens the
+    conversation; between a system message and the user's. user, user_end, assistant, assistant_end: around the others.
+    generation: after the last message, to ask for an answer.
+    """
+
+    before_system: str | None
+    after_system: str
+    first_user: str
+    user: str
+    user_end: str
+    assistant: str
+    assistant_end: str
+    generation: str
+
+
+def from_gguf(gguf: Path) -> GoTemplate:
+    """The TEMPLATE for a GGUF file, from the chat template and the special tokens in its metadata.
+
+    Raises:
+        StepFailed: the file has no chat template, or no faithful TEMPLATE can be derived from it (with the reason).
+    """
+    head = read_head(gguf)
+    template = head.get("tokenizer.chat_template")
+    if not template:
+        raise StepFailed(f"{gguf} holds no chat template", "make the merged model and the GGUF file again")
+    return derive(template, special_tokens(head), add_bos=adds_bos(head))
+
+
+def special_tokens(head: Head) -> dict[str, str]:
+    """The texts that a chat template may ask for: bos_token, eos_token, unk_token, pad_token."""
+    tokens = head.get("tokenizer.ggml.tokens", [])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: head.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    return {name: tokens[number] for name, number in ids.items() if number is not None and number < len(tokens)}
+
+
+def adds_bos(head: Head) -> bool:
+    """Whether a server puts the begin-of-text token before every prompt itself."""
+    return head.get("tokenizer.ggml.bos_token_id") is not None and head.get("tokenizer.ggml.add_bos_token", True)
+
+
+def derive(template: str, specials: Mapping[str, str], *, add_bos: bool) -> GoTemplate:
+    """The Go template that renders every ordinary conversation as the Jinja `template` does.
+
+    Args:
+        specials: bos_token, eos_token, ... as the tokenizer names them.
+        add_bos: the server adds the begin-of-text token itself, so that the TEMPLATE must not.
+
+    Raises:
+        StepFailed: there is none, with the reason.
+    """
+    bos = specials.get("bos_token", "") if add_bos else ""
+    words = _words(template, specials)
+    if add_bos and not words.first_user.startswith(bos):
+        raise StepFailed(
+            f"the server would put {bos} before every prompt, which the chat template does not",
+            "make the GGUF file again: its tokenizer.ggml.add_bos_token has to be false",
+        )
+    text = _go(words, bos)
+    notes: list[str] = []
+    for kind, messages in battery(words.before_system is not None):
+        wanted = render_jinja(template, messages, specials)
+        got = bos + go_eval.render(text, go_data(messages))
+        if got != wanted:
+            if kind == "ordinary":
+                at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), len(got))
+                near = slice(max(0, at - 30), at + 30)
+                raise StepFailed(
+                    "no Ollama template renders this chat template: "
+                    f"it writes {wanted[near]!r} where {got[near]!r} would be",
+                    HINT,
+                )
+            notes.append(f"{kind}: rendered differently")
+    if words.before_system is None:
+        notes.append("the chat template knows no system message: SYSTEM is ignored")
+    if "strftime_now" in template:
+        notes.append("the chat template prints today's date: the server keeps the date of export")
+    return GoTemplate(text, words.before_system is not None, tuple(dict.fromkeys(notes)))
+
+
+def render_jinja(
+    template: str, messages: Sequence[Mapping[str, str]], specials: Mapping[str, str], *, generation: bool = True
+) -> str:
+    """The prompt that transformers makes, in its sandbox. jinja2.TemplateError where the template refuses."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    conversation = [dict(message) for message in messages]
+    # Llama 3's templates take today's date unless they are told one.
+    given: dict[str, Any] = {**specials, "date_string": "26 Jul 2024"}
+    rendered = render_jinja_template([conversation], chat_template=template, add_generation_prompt=generation, **given)
+    return rendered[0][0]
+
+
+def go_data(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:
+    """What an Ollama server hands to a TEMPLATE for these messages."""
+    return {"Messages": [{"Role": message["role"], "Content": message["content"]} for message in messages]}
+
+
+def battery(system: bool) -> Iterator[tuple[str, Messages]]:
+    """Conversations to compare on: ("ordinary" or the name of an edge, messages)."""
+    contents = [
+        "Who are you?",
+        "你是谁？你叫什么名字？",
+        "She said \"no\" and 'yes'; C:\\new\\table",
+        "{{ .Content }} {% if x %} }} {",
+        "Two\n\nparagraphs\twith a tab\n- and <b>markup</b> & more",
+        '$i @x #y `code` """three""" 🙂',
+    ]
+    systems = [None, "You are a helpful assistant.", '你是"助手"。\n{{ .System }}'] if system else [None]
+    for said in systems:
+        opening = [] if said is None else [{"role": "system", "content": said}]
+        for at in range(len(contents)):
+            for turns in (1, 3, 5):
+                words = [contents[(at + n) % len(contents)] for n in range(turns)]
+                roles = ["user", "assistant"] * 3
+                talk = [{"role": role, "content": word} for role, word in zip(roles, words, strict=False)]
+                yield "ordinary", [*opening, *talk]
+    yield "an empty message", [{"role": "user", "content": ""}]
+    yield "white space around a message", [{"role": "user", "content": " \n hello \n "}]
+    if system:
+        yield "an empty system message", [{"role": "system", "content": ""}, {"role": "user", "content": "hello"}]
+
+
+def _words(template: str, specials: Mapping[str, str]) -> Words:
+    from jinja2 import TemplateError
+
+    def between(keys: str, generation: bool = True) -> list[str]:
+        messages = [{"role": ROLES[key], "content": MARKERS[key]} for key in keys]
+        return _split(render_jinja(template, messages, specials, generation=generation), [MARKERS[k] for k in keys])
+
+    try:
+        first_user, answer, user, answer2, user2, end = between("12345")
+        user_end = between("1", generation=False)[-1]
+        assistant_end = between("12", generation=False)[-1]
+    except TemplateError as error:
+        raise StepFailed(f"the chat template refuses an ordinary conversation: {error}", HINT) from error
+    if (answer, user) != (answer2, user2):
+        raise StepFailed("the chat template writes the same kind of turn in more than one way", HINT)
+    # Some templates end a conversation that asks for no answer in another way; then the words stay in one piece.
+    user_end = user_end if answer.startswith(user_end) and end.startswith(user_end) else ""
+    assistant_end = assistant_end if user.startswith(assistant_end) else ""
+    before_system, after_system = None, ""
+    try:
+        before_system, after_system, *rest = between("S12345")
+        if rest != [answer, user, answer2, user2, end]:
+            raise StepFailed("the chat template writes turns differently when there is a system message", HINT)
+    except TemplateError:
+        pass  # it knows no system message
+    return Words(
+        before_system,
+        after_system,
+        first_user,
+        user.removeprefix(assistant_end),
+        user_end,
+        answer.removeprefix(user_end),
+        assistant_end,
+        end.removeprefix(user_end),
+    )
+
+
+def _split(text: str, markers: list[str]) -> list[str]:
+    """The texts before, between and after the markers, which have to appear once each and in order."""
+    parts: list[str] = []
+    for marker in markers:
+        before, found, text = text.partition(marker)
+        if not found or marker in text:
+            raise StepFailed("the chat template moves, repeats or leaves out messages", HINT)
+        parts.append(before)
+    return [*parts, text]
+
+
+def _go(words: Words, bos: str) -> str:
+    content = "{{ .Content }}"
+    before_user = _literal(words.user)
+    after_system = words.after_system.removesuffix(words.user)
+    if words.before_system is not None and not words.after_system.endswith(words.user):
+        # The user's turn has begun with the system message (Gemma 3).
+        after_system = ""
+        within = '{{ if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}'
+        before_user = f"{within}{_literal(words.after_system)}{{{{ else }}}}{before_user}{{{{ end }}}}"
+    first = words.first_user.removeprefix(bos)
+    if first.endswith(words.user) and first != words.user:
+        before_user = f"{{{{ if eq $i 0 }}}}{_literal(first.removesuffix(words.user))}{{{{ end }}}}{before_user}"
+    elif first != words.user:
+        before_user = f"{{{{ if eq $i 0 }}}}{_literal(first)}{{{{ else }}}}{before_user}{{{{ end }}}}"
+    branches = []
+    if words.before_system is not None:
+        before_system = _literal(words.before_system.removeprefix(bos))
+        branches.append(f'if eq .Role "system" }}}}{before_system}{content}{_literal(after_system)}')
+    branches += [
+        f'if eq .Role "user" }}}}{before_user}{content}{_literal(words.user_end)}'
+        f"{{{{ if $last }}}}{_literal(words.generation)}{{{{ end }}}}",
+        f'if eq .Role "assistant" }}}}{_literal(words.assistant)}{content}'
+        f"{{{{ if not $last }}}}{_literal(words.assistant_end)}{{{{ end }}}}",
+    ]
+    loop = "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+    return loop + "{{ " + "{{ else ".join(branches) + "{{ end }}{{ end }}"
+
+
+def _literal(text: str) -> str:
+    """Text as it stands, or as a quoted string where Go would take its braces for an action."""
+    if "{{" in text or text.endswith("{"):
+        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+    return text

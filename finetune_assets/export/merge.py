@@ -1,0 +1,371 @@
+"""Merge a LoRA adapter into its base model, tensor by tensor: memory is one tensor's, not one model's.
+
+Covers LoRA, rsLoRA and DoRA on linear layers, and modules saved whole; the arithmetic and its order are PEFT's, so
+that the result in float32 equals `merge_and_unload` bit for bit. Any other adapter goes through PEFT itself, with the
+whole model in memory, and the report says so. A quantised base is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.export.shards import FLOATS, Checkpoint, Spec, in_file_order, plan_shards, write_index, write_shard
+
+if TYPE_CHECKING:
+    import torch
+
+ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
+Progress = Callable[[dict[str, Any]], None]
+
+# Everything in an adapter's configuration that the streamed merge knows, or that leaves the weights alone.
+UNDERSTOOD = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules",
+    "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode",
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "megatron_core",
+    "qalora_group_size", "bias", "init_lora_weights",
+}  # fmt: skip
+FROM_BASE = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+FROM_ADAPTER = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
+    "*.tiktoken", "chat_template.jinja", "chat.json",
+)  # fmt: skip
+
+
+class NeedsPeft(Exception):
+    """Why this adapter cannot be merged by streaming."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What happens to one base weight W of shape (out, in): W + scale * B A, then DoRA's magnitude where there is one.
+
+    `a`, `b` and `magnitude` are names of adapter tensors of shapes (r, in), (out, r) and (out,).
+    """
+
+    a: str
+    b: str
+    magnitude: str | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tensors of the merged model, and where each comes from."""
+
+    source: dict[str, str]  # merged tensor -> base tensor it starts from
+    updates: dict[str, Update]  # merged tensor -> its LoRA update
+    replaced: dict[str, str]  # merged tensor -> adapter tensor that takes the base tensor's place, before any update
+    tied: bool | None  # what tie_word_embeddings has to say; None: leave the configuration alone
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    export_size: float,
+    export_dtype: ExportDtype,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `base` with `adapter` merged into it as a Hugging Face folder to `out`.
+
+    Args:
+        export_size: largest shard, in GB (10^9 bytes).
+        export_dtype: dtype of the floating-point weights; "auto" keeps each tensor's own.
+        progress: called with {"event": "step", "step": tensors written, "steps": all of them}.
+
+    Returns:
+        A report: method ("streamed" or "peft", then with a reason), tensors, merged, replaced, shards, bytes, seconds.
+
+    Raises:
+        BadInput: the base is quantised, or the adapter does not belong to it.
+        StepFailed: files are missing or damaged, or a merged weight is not finite.
+    """
+    started = time.perf_counter()
+    config = _read_json(base / "config.json")
+    adapter_config = _read_json(adapter / "adapter_config.json")
+    refuse_quantised(config, base)
+    out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any]
+    try:
+        report = _stream(base, adapter, out, config, adapter_config, export_size, export_dtype, progress)
+    except NeedsPeft as reason:
+        done = _merge_with_peft(base, adapter, out, export_size, export_dtype)
+        report = {"method": "peft", "reason": str(reason)} | done
+    _copy_companions(base, adapter, out, config, report.pop("tied"), export_dtype)
+    return report | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def refuse_quantised(config: dict[str, Any], base: Path) -> None:
+    """BadInput for a base model whose weights are not the real ones any more."""
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
+        raise BadInput(
+            f"{base} is quantised ({method}): an adapter merged into rounded weights is not the model that was trained",
+            "train and merge with the unquantised base model; quantise afterwards (gguf.types)",
+        )
+
+
+def _stream(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    config: dict[str, Any],
+    adapter_config: dict[str, Any],
+    export_size: float,
+    export_dtype: ExportDtype,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    _check_understood(adapter_config)
+    with Checkpoint(base) as weights, Checkpoint(adapter, "adapter_model.safetensors") as lora:
+        plan = _plan(weights, lora, config, adapter_config)
+        _check_shapes(plan, weights, lora)
+        specs = [_spec(plan, weights, name, export_dtype) for name in plan.source]
+        shards = {file: in_file_order(part) for file, part in plan_shards(specs, int(export_size * 1e9)).items()}
+        done = 0
+
+        def tensors(part: list[Spec]) -> Iterator[tuple[Spec, torch.Tensor]]:
+            nonlocal done
+            for spec in part:
+                yield spec, _merged(spec, plan, weights, lora)
+                done += 1
+                if progress is not None:
+                    progress({"event": "step", "step": done, "steps": len(specs)})
+
+        for file, part in shards.items():
+            write_shard(out / file, tensors(part), part)
+    write_index(out, shards)
+    return {
+        "method": "streamed",
+        "tensors": len(specs),
+        "merged": len(plan.updates),
+        "replaced": sorted(plan.replaced),
+        "shards": list(shards),
+        "bytes": sum(spec.nbytes for spec in specs),
+        "tied": plan.tied,
+    }
+
+
+def _check_understood(adapter_config: dict[str, Any]) -> None:
+    if adapter_config.get("peft_type") != "LORA":
+        raise NeedsPeft(f"adapter type {adapter_config.get('peft_type')}")
+    if adapter_config.get("bias", "none") != "none":
+        raise NeedsPeft(f"trained biases (bias: {adapter_config['bias']})")
+    if isinstance(how := adapter_config.get("init_lora_weights", True), str) and how not in ("gaussian", "orthogonal"):
+        raise NeedsPeft(f"init_lora_weights: {how} changes the base weights")
+    for key, value in sorted(adapter_config.items()):
+        if key not in UNDERSTOOD and value:
+            raise NeedsPeft(f"{key} is set")
+
+
+def _plan(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter_config: dict[str, Any]) -> Plan:
+    source = {name: name for name in weights}
+    tied, embeddings = _tied(weights, config)
+    head = "lm_head.weight"
+    trained = {name.removeprefix("base_model.model."): name for name in lora}
+    if tied and embeddings is not None:
+        source.pop(head, None)
+        heads = {embeddings.removesuffix(".weight"), "lm_head"}
+        if any(name.startswith(tuple(f"{module}." for module in heads)) for name in trained):
+            # One of the two was trained without the other: they are two tensors from now on.
+            source[head] = embeddings
+            tied = False
+    updates: dict[str, Update] = {}
+    replaced: dict[str, str] = {}
+    for short, name in trained.items():
+        if short.endswith(".lora_A.weight"):
+            module = short.removesuffix(".lora_A.weight")
+            target = f"{module}.weight"
+            partner = f"base_model.model.{module}.lora_B.weight"
+            magnitude = f"base_model.model.{module}.lora_magnitude_vector"
+            if partner not in lora:
+                raise BadInput(f"{lora.folder}: {name} has no {partner} beside it", "make or fetch the adapter again")
+            has_magnitude = bool(adapter_config.get("use_dora"))
+            if has_magnitude != (magnitude in lora):
+                raise NeedsPeft(f"use_dora and the magnitudes of {module} disagree")
+            scale = _scale(module, adapter_config, lora.spec(name).shape[0], lora.folder)
+            updates[target] = Update(name, partner, magnitude if has_magnitude else None, scale)
+        elif short.endswith((".lora_B.weight", ".lora_magnitude_vector")):
+            target = None
+        elif ".lora_" in short:
+            raise NeedsPeft(f"the adapter holds {name}")
+        else:
+            # A module saved whole, or (base_layer) the embeddings that PEFT adds when one of them has an adapter.
+            target = short.replace(".base_layer.", ".")
+            replaced[target] = name
+        if target is not None and target not in source:
+            raise NeedsPeft(f"{weights.folder.name} stores no tensor named {target}")
+    return Plan(source, updates, replaced, tied if tied is False else None)
+
+
+def _tied(weights: Checkpoint, config: dict[str, Any]) -> tuple[bool, str | None]:
+    """Whether output and input embeddings are one tensor, and the name of the latter where it is known."""
+    said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    tied = "lm_head.weight" not in weights if said is None else bool(said)
+    names = [name for name in weights if name.endswith("embed_tokens.weight")]
+    return tied, names[0] if len(names) == 1 else None
+
+
+def _scale(module: str, config: dict[str, Any], rank: int, folder: Path) -> float:
+    expected = _pattern(config.get("rank_pattern"), module, config["r"])
+    if rank != expected:
+        raise BadInput(
+            f"{folder}: the adapter of {module} has rank {rank}, adapter_config.json says {expected}",
+            "adapter_config.json and adapter_model.safetensors belong to different adapters",
+        )
+    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of a module's name, as PEFT matches it."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _check_shapes(plan: Plan, weights: Checkpoint, lora: Checkpoint) -> None:
+    for target, update in plan.updates.items():
+        shape = weights.spec(plan.source[target]).shape
+        a, b = lora.spec(update.a).shape, lora.spec(update.b).shape
+        if len(shape) != 2 or len(a) != 2:
+            raise NeedsPeft(f"{target} is no matrix")
+        sizes = [(update.a, a, (a[0], shape[1])), (update.b, b, (shape[0], a[0]))]
+        if update.magnitude is not None:
+            sizes.append((update.magnitude, lora.spec(update.magnitude).shape, (shape[0],)))
+        for name, has, wants in sizes:
+            _same_shape(name, has, wants, weights, lora)
+    for target, name in plan.replaced.items():
+        _same_shape(name, lora.spec(name).shape, weights.spec(plan.source[target]).shape, weights, lora)
+
+
+def _same_shape(name: str, has: tuple[int, ...], wants: tuple[int, ...], weights: Checkpoint, lora: Checkpoint) -> None:
+    if has != wants:
+        raise BadInput(
+            f"{lora.folder}: {name} has shape {list(has)}, {weights.folder.name} needs {list(wants)}",
+            "the adapter was trained on another base model",
+        )
+
+
+def _spec(plan: Plan, weights: Checkpoint, name: str, export_dtype: ExportDtype) -> Spec:
+    stored = weights.spec(plan.source[name])
+    cast = export_dtype != "auto" and stored.dtype in FLOATS.values()
+    dtype = FLOATS[export_dtype] if cast else stored.dtype
+    return Spec(name, dtype, stored.shape)
+
+
+def _merged(spec: Spec, plan: Plan, weights: Checkpoint, lora: Checkpoint) -> torch.Tensor:
+    """The tensor as it is written: computed in float32, then cast. The order of operations is PEFT's."""
+    import torch
+
+    if spec.dtype not in FLOATS.values():  # masks, codes and the like: never trained, never cast
+        return weights.tensor(plan.source[spec.name])
+    dtype = {stored: getattr(torch, name) for name, stored in FLOATS.items()}[spec.dtype]
+    if (replacement := plan.replaced.get(spec.name)) is not None:
+        weight = lora.tensor(replacement)
+    else:
+        weight = weights.tensor(plan.source[spec.name])
+    if (update := plan.updates.get(spec.name)) is None:
+        untouched = replacement is None and weight.dtype == dtype
+        return weight if untouched else _finite(weight.to(dtype), spec)
+    weight = weight.float()
+    delta = (lora.tensor(update.b).float() @ lora.tensor(update.a).float()) * update.scale
+    if update.magnitude is None:
+        return _finite((weight + delta).to(dtype), spec)
+    # DoRA (arXiv 2402.09353, eq. 5): the direction of W + BA, the length from the magnitude.
+    merged = weight + delta
+    factor = lora.tensor(update.magnitude).float() / torch.linalg.norm(merged, dim=1)
+    return _finite((factor.view(-1, 1) * merged).to(dtype), spec)
+
+
+def _finite(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
+    if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
+        return tensor
+    if spec.dtype == "F16":
+        raise StepFailed(
+            f"{spec.name} does not fit float16 once merged", "set export.export_dtype to bfloat16 or float32"
+        )
+    raise StepFailed(
+        f"{spec.name} is not finite once merged: the adapter holds NaN or infinite values", "train it again"
+    )
+
+
+def _merge_with_peft(
+    base: Path, adapter: Path, out: Path, export_size: float, export_dtype: ExportDtype
+) -> dict[str, Any]:
+    import torch
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    dtype = "auto" if export_dtype == "auto" else getattr(torch, export_dtype)
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
+    peft_config = PeftConfig.from_pretrained(str(adapter))
+    try:
+        tuned = PeftModel(model, peft_config)
+        loaded = tuned.load_adapter(str(adapter), "default", use_safetensors=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"PEFT cannot put {adapter} on {base}: {str(error).strip().splitlines()[0]}",
+            "the adapter was trained on another base model",
+        ) from error
+    if loaded.unexpected_keys:
+        raise BadInput(
+            f"{base} has no place for {loaded.unexpected_keys[0]} of {adapter}",
+            "the adapter was trained on another base model",
+        )
+    merged: Any = tuned.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out, max_shard_size=int(export_size * 1e9))
+    files = sorted(path.name for path in out.glob("model*.safetensors"))
+    with Checkpoint(out) as written:
+        tensors = len(list(written))
+    size = sum((out / file).stat().st_size for file in files)
+    return {"tensors": tensors, "merged": None, "replaced": [], "shards": files, "bytes": size, "tied": None}
+
+
+def _copy_companions(
+    base: Path, adapter: Path, out: Path, config: dict[str, Any], tied: bool | None, export_dtype: ExportDtype
+) -> None:
+    """Tokenizer and chat files from the adapter (else the base), configurations from the base with our stop tokens."""
+    from_base = (*FROM_BASE, *FROM_ADAPTER, *(("*.py",) if "auto_map" in config else ()))
+    for folder, patterns in ((base, from_base), (adapter, FROM_ADAPTER)):
+        for pattern in patterns:
+            for file in sorted(folder.glob(pattern)):
+                if file.is_file():
+                    shutil.copyfile(file, out / file.name)
+    if export_dtype != "auto":
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": export_dtype}
+    if tied is not None:
+        config = config | {"tie_word_embeddings": tied}
+    generation_file = out / "generation_config.json"
+    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    chat_file = adapter / "chat.json"
+    stop = _read_json(chat_file).get("stop_token_ids", []) if chat_file.is_file() else []
+    if stop:
+        config = config | {"eos_token_id": stop[0]}
+        generation["eos_token_id"] = stop
+    _write_json(out / "config.json", config)
+    if generation:
+        _write_json(generation_file, generation)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StepFailed(
+            f"{path} is missing", f"{path.parent} is not what it should be; make or fetch it again"
+        ) from None
+    except ValueError as error:
+        raise StepFailed(f"{path} is no JSON: {error}", "make or fetch it again") from error
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

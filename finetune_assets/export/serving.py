@@ -1,0 +1,98 @@
+"""A GGUF file becomes an Ollama model: on the server that answers, else in a model store of our own.
+
+A server started with that store as its OLLAMA_MODELS serves it as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.errors import FinetuneError
+from finetune_assets.export import ollama_server, ollama_store
+from finetune_assets.recipe import OllamaSection
+
+
+def publish(
+    gguf: Path,
+    chat: Path,
+    section: OllamaSection,
+    *,
+    system: str | None,
+    models: Path,
+    out: Path,
+    progress: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Serve `gguf` under the section's name and write its Modelfile to `out`; facts for the manifest.
+
+    Args:
+        chat: chat.json of the model, for its stop texts.
+        models: our own Ollama model store.
+
+    Returns:
+        name, digest (of the Ollama manifest), where ("server" or "store"), place (host or folder), the Modelfile's
+        text, notes on what the TEMPLATE cannot do, and the commands that talk to the model.
+
+    Raises:
+        StepFailed: no faithful TEMPLATE can be derived from the chat template, or the server fails.
+        BadInput: a text cannot be written into a Modelfile.
+    """
+    from finetune_assets.export.go_template import from_gguf
+    from finetune_assets.export.modelfile import modelfile, parameters
+
+    template = from_gguf(gguf)
+    options = parameters(section, json.loads(chat.read_text(encoding="utf-8"))["stop"])
+    text = modelfile(str(gguf), template=template.text, system=system, parameters=options)
+    host = ollama_server.configured_host()
+    if ollama_server.answers(host) is not None:
+        made = ollama_server.create(
+            host,
+            section.name,
+            gguf,
+            template=template.text,
+            system=system,
+            parameters=options,
+            progress=lambda line: progress({"event": "message", "text": line}),
+        )
+        where, place, commands = "server", host, [f"ollama run {section.name}"]
+    else:
+        models.mkdir(parents=True, exist_ok=True)
+        made = ollama_store.write(
+            models, section.name, gguf, template=template.text, system=system, parameters=options
+        )
+        where, place = "store", str(models)
+        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {section.name}"]
+    (out / "Modelfile").write_text(text, encoding="utf-8")
+    return {
+        "name": section.name,
+        "digest": made.digest,
+        "where": where,
+        "place": place,
+        "notes": list(template.notes),
+        "modelfile": text,
+        "commands": commands,
+    }
+
+
+def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
+    """Why a model that `publish` put in place is not what would be served now, or None if it is.
+
+    Args:
+        facts: what `publish` returned.
+        models: our own Ollama model store.
+    """
+    name, wanted = facts["name"], facts["digest"]
+    host = ollama_server.configured_host()
+    try:
+        served = ollama_server.answers(host) is not None
+        found = ollama_server.digest(host, name) if served else ollama_store.read(models, name)
+    except (FinetuneError, OSError) as error:
+        return f"the Ollama server at {host} cannot be asked: {error}"
+    place = f"the Ollama server at {host}" if served else f"the Ollama store {models}"
+    if found is None:
+        return f"{place} has no model {name}"
+    if found != wanted:
+        return f"{place} serves another {name}: {found[:12]} instead of {wanted[:12]}"
+    return None

@@ -1,0 +1,164 @@
+"""Safetensors in and out, one tensor at a time.
+
+Reading goes by memory map through the safetensors library. Writing is ours, because the library wants a whole shard in
+memory: the header is known before the first tensor is computed, so tensors can follow as they come. The bytes are the
+ones that the library's own `save_file` writes. Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.errors import StepFailed
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+BYTES_OF = {  # in the order in which safetensors lays types out
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor will be on disk: its name, safetensors dtype ("F32", "BF16", ...) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+
+class Checkpoint:
+    """The safetensors file or files of a Hugging Face folder, opened for reading by tensor name.
+
+    Raises:
+        StepFailed: there are no safetensors weights, or a shard or tensor of the index is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, single: str = SINGLE):
+        self.folder = folder
+        self._open = contextlib.ExitStack()
+        self._handles: dict[str, Any] = {}
+        self.file_of = self._index(single)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of a tensor, without reading it."""
+        part = self._handle(self.file_of[name]).get_slice(name)
+        return Spec(name, part.get_dtype(), tuple(part.get_shape()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the dtype it is stored in."""
+        return self._handle(self.file_of[name]).get_tensor(name)
+
+    def _index(self, single: str) -> dict[str, str]:
+        if (self.folder / single).is_file():
+            return dict.fromkeys(self._handle(single).keys(), single)
+        index = self.folder / INDEX
+        if not index.is_file():
+            raise StepFailed(
+                f"{self.folder} has no {single} (nor an index of shards)",
+                "weights are read from safetensors only; convert other formats with save_pretrained first",
+            )
+        file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        held = {file: set(self._handle(file).keys()) for file in sorted(set(file_of.values()))}
+        if lost := [name for name, file in file_of.items() if name not in held[file]]:
+            raise StepFailed(f"{index}: tensor {lost[0]!r} is not in {file_of[lost[0]]}", "fetch the model again")
+        return file_of
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[file] = self._open.enter_context(safe_open(self.folder / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise StepFailed(f"{self.folder / file} cannot be read: {error}", "fetch or make it again") from error
+        return self._handles[file]
+
+
+def stored_types(folder: Path) -> set[str]:
+    """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
+    types: set[str] = set()
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as data:
+            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
+        types |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    return types
+
+
+def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:
+    """File name -> its tensors, filled in order up to `limit` bytes; a tensor larger than that gets its own file."""
+    shards: list[list[Spec]] = [[]]
+    used = 0
+    for spec in specs:
+        if shards[-1] and used + spec.nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(spec)
+        used += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def in_file_order(specs: Iterable[Spec]) -> list[Spec]:
+    """The order in which safetensors lays tensors out: wide types first (alignment), then by name."""
+    order = list(BYTES_OF)
+    return sorted(specs, key=lambda spec: (order.index(spec.dtype), spec.name))
+
+
+def write_shard(path: Path, tensors: Iterable[tuple[Spec, torch.Tensor]], specs: list[Spec]) -> None:
+    """Write `tensors`, which come in the order of `specs` (see `in_file_order`), holding one at a time."""
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]
+        }  # fmt: skip
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if out.tell() != 8 + len(text) + at:
+            raise AssertionError(f"{path.name}: the tensors are not the ones that its header announces")
+
+
+def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
+    """The index of several shards; nothing where there is only one file."""
+    if len(shards) == 1:
+        return
+    total = sum(spec.nbytes for shard in shards.values() for spec in shard)
+    weight_map = {spec.name: file for file, shard in shards.items() for spec in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

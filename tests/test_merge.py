@@ -1,0 +1,183 @@
+"""The streamed merge: PEFT's own arithmetic to the last bit, with one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.export.merge import merge
+from tests.export_fixtures import tiny_adapter, tiny_base
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {name: tiny_base(root / name, tied=name == "tied") for name in ("tied", "untied")}
+
+
+def load(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
+
+
+def by_peft(base: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    return model.merge_and_unload()
+
+
+def logits(model: Any) -> Any:
+    with torch.no_grad():
+        return model.eval()(torch.arange(20).unsqueeze(0)).logits
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "patterns"])
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_equals_peft_bit_for_bit(bases: dict[str, Path], tmp_path: Path, name: str, kind: str) -> None:
+    lora: dict[str, Any] = {
+        "lora": {},
+        "rslora": {"use_rslora": True},
+        "dora": {"use_dora": True, "lora_dropout": 0.1},
+        "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 31}},
+    }[kind]
+    adapter = tiny_adapter(bases[name], tmp_path / "adapter", **lora)
+    report = merge(bases[name], adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    by_peft(bases[name], adapter).save_pretrained(tmp_path / "peft")
+    ours, theirs = load(tmp_path / "out"), load(tmp_path / "peft")
+    assert report["method"] == "streamed"
+    assert report["merged"] == 14
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "peft/model.safetensors").read_bytes()
+    changed = [key for key, value in load(bases[name]).items() if not torch.equal(value, ours[key])]
+    assert len(changed) == 14
+
+
+def test_shards_index_and_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = tiny_adapter(bases["untied"], tmp_path / "adapter")
+    seen: list[dict[str, Any]] = []
+    one = merge(bases["untied"], adapter, tmp_path / "one", export_size=5, export_dtype="auto", progress=seen.append)
+    many = merge(bases["untied"], adapter, tmp_path / "many", export_size=0.0001, export_dtype="auto")
+    again = merge(bases["untied"], adapter, tmp_path / "again", export_size=0.0001, export_dtype="auto")
+    assert seen[-1] == {"event": "step", "step": one["tensors"], "steps": one["tensors"]}
+    assert len(many["shards"]) > 2
+    assert many["shards"] == again["shards"]
+    a, b = load(tmp_path / "one"), load(tmp_path / "many")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for file in sorted((tmp_path / "many").iterdir()):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+    from transformers import AutoModelForCausalLM
+
+    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
+    assert torch.equal(logits(sharded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "one")))
+    # A merged folder of several shards is itself a base.
+    over = merge(tmp_path / "many", adapter, tmp_path / "over", export_size=5, export_dtype="auto")
+    assert over["tensors"] == one["tensors"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_dtype_is_cast_once_from_float32(bases: dict[str, Path], tmp_path: Path, dtype: Any) -> None:
+    adapter = tiny_adapter(bases["tied"], tmp_path / "adapter")
+    merge(bases["tied"], adapter, tmp_path / "out", export_size=5, export_dtype=dtype)
+    exact = by_peft(bases["tied"], adapter).state_dict()
+    ours = load(tmp_path / "out")
+    assert all(torch.equal(ours[k], exact[k].to(getattr(torch, dtype))) for k in ours)
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+
+
+def test_companions_and_stop_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = tiny_adapter(bases["tied"], tmp_path / "adapter")
+    (adapter / "tokenizer.json").write_text("{}")
+    (adapter / "README.md").write_text("not this one")
+    merge(bases["tied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "model.safetensors", "config.json", "generation_config.json",
+        "tokenizer.json", "chat_template.jinja", "chat.json",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2]
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_head_trained_apart_from_tied_embeddings_is_untied(bases: dict[str, Path], tmp_path: Path) -> None:
+    """PEFT would write the head's change into the input embeddings too, or lose it when the model is saved."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for kind in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}):
+        adapter = tiny_adapter(bases["tied"], tmp_path / f"adapter-{next(iter(kind))}", **kind)
+        out = tmp_path / f"out-{next(iter(kind))}"
+        merge(bases["tied"], adapter, out, export_size=5, export_dtype="auto")
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["tied"]), adapter)
+        merged = AutoModelForCausalLM.from_pretrained(out)
+        assert merged.config.tie_word_embeddings is False
+        torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_modules_to_save_take_the_place_of_the_base_weights(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = tiny_adapter(bases["untied"], tmp_path / "adapter", modules_to_save=["lm_head", "embed_tokens"])
+    report = merge(bases["untied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    assert report["replaced"] == ["lm_head.weight", "model.embed_tokens.weight"]
+    exact, ours = by_peft(bases["untied"], adapter).state_dict(), load(tmp_path / "out")
+    assert ours.keys() == exact.keys() and all(torch.equal(ours[k], exact[k]) for k in ours)
+
+
+def test_other_adapters_go_through_peft_and_say_so(bases: dict[str, Path], tmp_path: Path) -> None:
+    for number, kind in enumerate(({"target_modules": ["embed_tokens", "q_proj"]}, {"lora_bias": True})):
+        base = bases["untied"]
+        if "lora_bias" in kind:
+            base = tiny_base(tmp_path / "biased", tied=False, attention_bias=True)
+            kind = kind | {"target_modules": ["q_proj"]}
+        adapter = tiny_adapter(base, tmp_path / f"adapter{number}", **kind)
+        report = merge(base, adapter, tmp_path / f"out{number}", export_size=5, export_dtype="auto")
+        assert report["method"] == "peft"
+        assert report["reason"]
+        exact, ours = by_peft(base, adapter).state_dict(), load(tmp_path / f"out{number}")
+        assert all(torch.equal(ours[k], exact[k]) for k in ours)
+
+
+def test_refusals_say_why(bases: dict[str, Path], tmp_path: Path) -> None:
+    adapter = tiny_adapter(bases["tied"], tmp_path / "adapter")
+
+    def fails(kind: type[Exception], base: Path, lora: Path, words: str, **options: Any) -> None:
+        with pytest.raises(kind, match=words):
+            merge(base, lora, tmp_path / "out", **({"export_size": 5, "export_dtype": "auto"} | options))
+
+    quantised = Path(shutil.copytree(bases["tied"], tmp_path / "quantised"))
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    fails(BadInput, quantised, adapter, "quantised \\(gptq\\)")
+    wide = tiny_base(tmp_path / "wide", tied=True, hidden_size=32)
+    fails(BadInput, wide, adapter, "another base model")
+    shallow = tiny_base(tmp_path / "shallow", tied=True, num_hidden_layers=1)
+    fails(BadInput, shallow, adapter, "another base model")
+    broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
+    (broken / "adapter_model.safetensors").write_bytes(b"short")
+    fails(StepFailed, bases["tied"], broken, "cannot be read")
+    fails(StepFailed, bases["tied"], tmp_path, "adapter_config.json is missing")
+    (bases["tied"].parent / "empty").mkdir()
+    shutil.copy(bases["tied"] / "config.json", bases["tied"].parent / "empty")
+    fails(StepFailed, bases["tied"].parent / "empty", adapter, "has no model.safetensors")
+    nan = Path(shutil.copytree(adapter, tmp_path / "nan"))
+    rewrite(nan, lambda tensor: tensor * float("nan"))
+    fails(StepFailed, bases["tied"], nan, "NaN")
+    huge = Path(shutil.copytree(adapter, tmp_path / "huge"))
+    rewrite(huge, lambda tensor: tensor * 1e4)
+    fails(StepFailed, bases["tied"], huge, "does not fit float16", export_dtype="float16")
+
+
+def rewrite(adapter: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {key: change(value) for key, value in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})

@@ -1,0 +1,142 @@
+"""A model store written without a server: Ollama's layout and bytes, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.export import ollama_store
+from finetune_assets.export.ollama_store import manifest_path, read, write
+
+
+@pytest.fixture
+def gguf(tmp_path: Path) -> Path:
+    import gguf
+    import numpy as np
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(7)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def publish(models: Path, gguf: Path, name: str = "demo", **changes: Any) -> ollama_store.Published:
+    given: dict[str, Any] = {
+        "template": "{{ .Prompt }}",
+        "system": "A & B <c> 好\u2028",
+        "parameters": {"temperature": 1.0, "stop": ["<|im_end|>"], "num_ctx": 64, "top_p": 0.9},
+        "licenses": ["first", "second"],
+    }
+    return write(models, name, gguf, **(given | changes))
+
+
+def test_layout_and_bytes(tmp_path: Path, gguf: Path) -> None:
+    models = tmp_path / "models"
+    made = publish(models, gguf)
+    place = models / "manifests/registry.ollama.ai/library/demo/latest"
+    manifest = json.loads(place.read_bytes())
+    assert place.read_bytes().endswith(b"}\n")
+    assert made.digest == hashlib.sha256(place.read_bytes()).hexdigest() == read(models, "demo")
+    assert [layer.kind for layer in made.layers] == ["model", "template", "system", "license", "license", "params"]
+    blobs = {path.name for path in (models / "blobs").iterdir()}
+    assert blobs == {layer.digest.replace(":", "-") for layer in made.layers} | {
+        manifest["config"]["digest"].replace(":", "-")
+    }
+    for blob in (models / "blobs").iterdir():
+        assert blob.name == f"sha256-{hashlib.sha256(blob.read_bytes()).hexdigest()}"
+    weights, _, system, *_, params = (models / "blobs" / layer.digest.replace(":", "-") for layer in made.layers)
+    assert weights.samefile(gguf)
+    assert system.read_text() == "A & B <c> 好\u2028"
+    assert params.read_text() == '{"num_ctx":64,"stop":["\\u003c|im_end|\\u003e"],"temperature":1,"top_p":0.9}\n'
+    config = json.loads((models / "blobs" / manifest["config"]["digest"].replace(":", "-")).read_bytes())
+    assert (config["model_family"], config["model_type"], config["file_type"]) == ("llama", "256", "Q8_0")
+
+
+def test_again_is_the_same_and_another_prompt_another_model(tmp_path: Path, gguf: Path) -> None:
+    models = tmp_path / "models"
+    first = publish(models, gguf)
+    assert publish(models, gguf) == first
+    assert publish(tmp_path / "elsewhere", gguf).digest == first.digest
+    other = publish(models, gguf, system=None, parameters={})
+    assert other.digest != first.digest
+    assert [layer.kind for layer in other.layers] == ["model", "template", "license", "license"]
+    assert read(models, "demo") == other.digest
+
+
+def test_a_store_with_holes_is_not_read_and_is_mended(tmp_path: Path, gguf: Path) -> None:
+    models = tmp_path / "models"
+    assert read(models, "demo") is None
+    made = publish(models, gguf)
+    template = models / "blobs" / made.layers[1].digest.replace(":", "-")
+    template.write_text("cut")
+    assert read(models, "demo") is None
+    assert publish(models, gguf) == made
+    assert read(models, "demo") == made.digest
+    template.unlink()
+    assert read(models, "demo") is None
+    manifest_path(models, "demo").write_text("{")
+    assert read(models, "demo") is None
+
+
+def test_copies_where_links_cannot_be_made(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("another file system")
+
+    monkeypatch.setattr("os.link", refuse)
+    made = publish(tmp_path / "models", gguf)
+    weights = tmp_path / "models/blobs" / made.layers[0].digest.replace(":", "-")
+    assert weights.read_bytes() == gguf.read_bytes() and not weights.samefile(gguf)
+    assert not list((tmp_path / "models/blobs").glob("partial-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("demo", "registry.ollama.ai/library/demo/latest"),
+        ("me/demo:v2", "registry.ollama.ai/me/demo/v2"),
+        ("host.example/me/demo", "host.example/me/demo/latest"),
+    ],
+)
+def test_names(name: str, place: str) -> None:
+    assert manifest_path(Path("m"), name) == Path("m/manifests") / place
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b/c/d", "a b", "x:", ".hidden", "a//b", "x:../y"])
+def test_names_that_are_none(name: str) -> None:
+    if name == "x:":
+        assert manifest_path(Path("m"), name).name == "latest"
+        return
+    with pytest.raises(BadInput):
+        manifest_path(Path("m"), name)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (256, "256"),
+        (30_000, "30K"),
+        (134_515_008, "134.52M"),
+        (7_000_000, "7M"),
+        (8_030_261_248, "8.0B"),
+        (10**9, "1B"),
+    ],
+)
+def test_numbers_as_ollama_writes_them(count: int, text: str) -> None:
+    assert ollama_store.human_number(count) == text
+
+
+def test_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"something else")
+    with pytest.raises(StepFailed, match="no GGUF file"):
+        publish(tmp_path / "models", tmp_path / "x.gguf")
+    assert read(tmp_path / "models", "demo") is None
