@@ -66,6 +66,7 @@ class DigestCache:
 
     def _connect(self) -> sqlite3.Connection:
         db = sqlite3.connect(self._file, timeout=5, isolation_level=None)
+        db.execute("PRAGMA synchronous=OFF")  # a digest lost in a crash is computed again
         db.execute("CREATE TABLE IF NOT EXISTS digests (inode TEXT PRIMARY KEY, stamp TEXT, digest TEXT)")
         return db
 

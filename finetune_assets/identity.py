@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 from finetune_assets.artifacts import Artifact, Fingerprint
@@ -31,7 +30,7 @@ def fingerprint(
                 for up in node.upstreams
                 for part, version in _versions(upstreams[up.asset], up.parts(recipe) if up.parts else None)
             },
-            "libraries": {name: metadata.version(name) for name in node.libraries},
+            "tools": dict(node.tools()),
         }
     )
 
@@ -74,8 +73,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], recipe: Recipe) 
     for key in sorted({*old["upstreams"], *new["upstreams"]}):
         if old["upstreams"].get(key) != new["upstreams"].get(key):
             reasons.append(f"upstream {key} changed")
-    for key in sorted({*old["libraries"], *new["libraries"]}):
-        before, after = old["libraries"].get(key), new["libraries"].get(key)
+    for key in sorted({*old["tools"], *new["tools"]}):
+        before, after = old["tools"].get(key), new["tools"].get(key)
         if before != after:
             reasons.append(f"{key} {before} -> {after}")
     if old["code_version"] != new["code_version"]:

@@ -6,9 +6,11 @@ gets a new `code_version`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 
+from finetune_assets.export.converter import converter_version
 from finetune_assets.recipe import Recipe
 
 
@@ -26,13 +28,13 @@ class Node:
 
     Args:
         reads: recipe keys (`section` or `section.key`) whose values belong to the fingerprint.
-        libraries: distributions whose version decides the bytes that the step writes.
+        tools: versions of what decides the bytes that the step writes, by name.
     """
 
     name: str
     reads: tuple[str, ...]
     upstreams: tuple[Upstream, ...] = ()
-    libraries: tuple[str, ...] = ()
+    tools: Callable[[], Mapping[str, str]] = dict
     code_version: str = "1"
 
 
@@ -63,17 +65,23 @@ NODES: dict[str, Node] = {
         ),
         Node(
             "eval_metrics",
-            reads=("evaluate", "model.trust_remote_code"),
+            reads=("evaluate", "train.cutoff_len", "model.trust_remote_code"),
             upstreams=(
                 Upstream("dataset_info", lambda _: ("train", "test")),
                 Upstream("base_model"),
                 Upstream("lora_adapter"),
             ),
             # the segmenter and the smoothing decide the scores
-            libraries=("jieba", "nltk"),
+            tools=lambda: {name: metadata.version(name) for name in ("jieba", "nltk")},
         ),
         Node("merged_model", reads=("export",), upstreams=(Upstream("base_model"), Upstream("lora_adapter"))),
-        Node("gguf_file", reads=("gguf",), upstreams=(Upstream("merged_model"),)),
+        Node(
+            "gguf_file",
+            reads=("gguf",),
+            upstreams=(Upstream("merged_model"),),
+            # the converter lays out tensors and metadata, libgguf rounds
+            tools=lambda: {"converter": converter_version(), "libgguf": metadata.version("libgguf")},
+        ),
         Node(
             "ollama_model",
             reads=("ollama", "model.default_system"),

@@ -14,14 +14,14 @@ from finetune_assets.artifacts import Artifact, ArtifactStore, Made
 from finetune_assets.device import Device, choose_device
 from finetune_assets.errors import StepFailed
 from finetune_assets.identity import fingerprint
-from finetune_assets.lineage import NODES, Node
+from finetune_assets.lineage import NODES
 from finetune_assets.plan import Planned, make_plan, open_store, sources_of
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
 ChooseDevice = Callable[[bool | None, bool | None], Device]
-RECORDED = ("torch", "transformers", "peft", "trl", "gguf", "dagster", "finetune-assets")
+RECORDED = ("dagster", "finetune-assets", "gguf", "libgguf", "nltk", "peft", "torch", "transformers", "trl")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Step:
     Args:
         inputs: the artifact of every upstream asset.
         staging: an empty folder; what the body leaves there becomes the artifact.
-        previous: the artifact this asset was last materialised to, for parts that can be kept.
+        previous: the artifact this asset was last materialised to if it is whole, for parts that can be kept.
+        ingredients: those of the fingerprint of what is being made.
         progress: tells whoever watches how it goes.
         choose_device: (bf16, fp16) -> the device to compute on.
     """
@@ -41,6 +42,7 @@ class Step:
     inputs: Mapping[str, Artifact]
     staging: Path
     previous: Artifact | None
+    ingredients: Mapping[str, Any]
     progress: Progress
     choose_device: ChooseDevice
 
@@ -81,12 +83,14 @@ def materialise(
             return _done(store, artifact)
         started = time.monotonic()
         previous = store.current(recipe.name, asset)
-        made = body(Step(recipe, project, inputs, staging, previous, progress, choose_device))
+        if previous is not None and (force or previous.damage(store.digests) is not None):
+            previous = None
+        made = body(Step(recipe, project, inputs, staging, previous, wanted.ingredients, progress, choose_device))
         record = {
             "seed": recipe.train.seed,
             "seconds": round(time.monotonic() - started, 1),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "libraries": _versions(node),
+            "libraries": {name: metadata.version(name) for name in RECORDED},
             "inputs": {name: used.fingerprint for name, used in inputs.items()},
         }
         artifact = store.publish(staging, recipe.name, asset, wanted, made, record)
@@ -108,8 +112,3 @@ def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: Artif
     if (damage := found.damage(store.digests)) is not None:
         raise StepFailed(f"{recipe.name}/{asset} is damaged: {damage}", f"materialise {recipe.name}/{asset} again")
     return found
-
-
-def _versions(node: Node) -> dict[str, str]:
-    names = sorted({*RECORDED, *node.libraries})
-    return {name: metadata.version(name) for name in names}

@@ -72,7 +72,7 @@ def _judge(node: Node, recipe: Recipe, project: Project, store: ArtifactStore, p
     artifact = store.get(recipe.name, node.name, wanted.hex)
     if artifact is not None:
         damage = artifact.damage(store.digests) or (
-            serving_problem(artifact, project.ollama_models) if node.name == "ollama_model" else None
+            serving_problem(artifact.metrics, project.ollama_models) if node.name == "ollama_model" else None
         )
         if damage is None:
             return Planned(node.name, "fresh", (), artifact)

@@ -104,9 +104,13 @@ class TrainSection(Section):
     seed: int = 42
 
     @model_validator(mode="after")
-    def _one_precision(self) -> TrainSection:
+    def _no_contradictions(self) -> TrainSection:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
+        if self.train_on_prompt and self.mask_history:
+            raise ValueError("train_on_prompt and mask_history exclude each other")
+        if self.disable_shuffling and self.group_by_length:
+            raise ValueError("disable_shuffling and group_by_length exclude each other")
         return self
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +98,9 @@ def rows(count: int = 12) -> list[dict[str, Any]]:
     return [row for pair in zip(english, chinese, strict=True) for row in pair][:count]
 
 
-@pytest.fixture
-def mini(tmp_path: Path, request: pytest.FixtureRequest) -> MiniProject:
-    """A project with one data set of 12 rows and one recipe `mini`; its base model is a folder that is not there."""
-    project = MiniProject(tmp_path / "project", tmp_path / "project" / "dagster_home")
+def make_mini(folder: Path, base: Path | None = None) -> MiniProject:
+    """A project with one data set of 12 rows and one recipe `mini`, whose base model is a copy of `base`, if any."""
+    project = MiniProject(folder / "project", folder / "project" / "dagster_home")
     (project.root / "data").mkdir(parents=True)
     project.configs.mkdir()
     project.home.mkdir()
@@ -117,15 +115,12 @@ def mini(tmp_path: Path, request: pytest.FixtureRequest) -> MiniProject:
         "ollama": {"name": "mini"},
     }
     project.recipe_path().write_text(yaml.safe_dump(recipe, sort_keys=False))
+    if base is not None:
+        shutil.copytree(base, project.root / "base")
     return project
 
 
 @pytest.fixture
-def project_environment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Project], None]:
-    """Make a project the one that the command line finds."""
-
-    def enter(project: Project) -> None:
-        monkeypatch.setenv("FINETUNE_PROJECT", str(project.root))
-        monkeypatch.setenv("DAGSTER_HOME", str(project.home))
-
-    return enter
+def mini(tmp_path: Path) -> MiniProject:
+    """A project of one's own, without a base model."""
+    return make_mini(tmp_path)

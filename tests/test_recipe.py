@@ -68,6 +68,8 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path: Path):
         (GOOD.replace("./base", "pypi:thing/file.gguf"), "a packaged model is written pypi:PACKAGE==VERSION/FILE.gguf"),
         (GOOD.replace("./base", "pypi:thing==1/file.gguf"), "needs model_sha256"),
         (GOOD + "train: {bf16: true, fp16: true}", "bf16 and fp16 exclude each other"),
+        (GOOD + "train: {train_on_prompt: true, mask_history: true}", "train_on_prompt and mask_history exclude"),
+        (GOOD + "train: {disable_shuffling: true, group_by_length: true}", "disable_shuffling and group_by_length"),
         ("model: {model_name_or_path: x}\nollama: {name: x}\n", "dataset: missing"),
         (GOOD + "name: other\n", "a recipe is named by its file"),
     ],

@@ -1,0 +1,1 @@
+"""The Dagster side: each asset's wiring and what its page shows."""

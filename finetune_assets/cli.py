@@ -1,0 +1,224 @@
+"""The command line: `finetune run | plan | artifacts | chat | doctor | schema`.
+
+Exit codes: 0 done or up to date, 1 a step failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from finetune_assets.errors import BadInput, FinetuneError
+from finetune_assets.lineage import NODES, upstream_of
+from finetune_assets.plan import make_plan, open_store
+from finetune_assets.project import Project
+from finetune_assets.recipe import Recipe, did_you_mean
+from finetune_assets.recipe_file import find_recipe, json_schema, load_recipe
+from finetune_assets.terminal import tables
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From instruction data to a model served by Ollama.",
+)
+out = Console()
+err = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in configs/, or a path.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere).")] = False,
+) -> None:
+    """From instruction data to a model served by Ollama."""
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    to: Annotated[
+        list[str] | None, typer.Option("--to", metavar="ASSET", help="Stop at this asset (repeatable).")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is up to date, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring a recipe's assets up to date, through Dagster."""
+    from finetune_assets.terminal.live import LiveRun, duration
+
+    project, loaded = _load(recipe)
+    targets = _assets(to or [])
+    store = open_store(project)
+    plan = make_plan(loaded, project, store)
+    wanted = upstream_of(set(targets)) if targets else set(NODES)
+    forced = set(targets or NODES) if force else set()
+    todo = [name for name in NODES if name in forced or (name in wanted and plan[name].state != "fresh")]
+    started = time.monotonic()
+    run_id = None
+    if todo:
+        from finetune_assets.run import run_chain
+
+        with LiveRun(err, [name for name in NODES if name in wanted], todo) as live:
+            run_id = run_chain(loaded, project, todo, live.event, force=force)
+        plan = make_plan(loaded, project, store)
+    artifacts = tables.known_artifacts(loaded, plan, store)
+    if as_json:
+        _print_json(
+            {
+                "recipe": loaded.name,
+                "ran": todo,
+                "run_id": run_id,
+                "seconds": round(time.monotonic() - started, 1),
+                "artifacts": tables.artifacts_json(artifacts),
+            }
+        )
+        return
+    took = (
+        f"{len(todo)} assets materialised in {duration(time.monotonic() - started)}"
+        if todo
+        else "everything is up to date"
+    )
+    out.print(Text(f"{loaded.name}: {took}", style="bold"))
+    out.print(tables.artifacts_table(artifacts))
+    if "eval_metrics" in artifacts:
+        out.print(tables.metrics_table(artifacts["eval_metrics"].metrics))
+    if "ollama_model" in artifacts:
+        _next_commands(loaded, artifacts["ollama_model"].metrics)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, as_json: Json = False) -> None:
+    """Say what a run would do, and why."""
+    project, loaded = _load(recipe)
+    made = make_plan(loaded, project, open_store(project))
+    if as_json:
+        _print_json(tables.plan_json(made))
+    else:
+        out.print(tables.plan_tree(loaded.name, made))
+
+
+@app.command()
+def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
+    """List what was made, and where it lies."""
+    project, loaded = _load(recipe)
+    store = open_store(project)
+    found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
+    if as_json:
+        _print_json(tables.artifacts_json(found))
+    elif found:
+        out.print(tables.artifacts_table(found))
+    else:
+        out.print(f"nothing was made of {loaded.name} yet: finetune run {loaded.name}")
+
+
+@app.command()
+def chat(
+    recipe: RecipeArgument,
+    using: Annotated[
+        str, typer.Option("--with", metavar="MODEL", help="base, adapter, merged, gguf or ollama.")
+    ] = "ollama",
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Ask this, print the answer, leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+) -> None:
+    """Talk to the model at any stage of its making."""
+    from finetune_assets.terminal.conversation import converse, open_engine
+
+    project, loaded = _load(recipe)
+    store = open_store(project)
+    found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
+    with open_engine(using, loaded, project, found) as engine:
+        converse(engine, out, system=loaded.system, message=message, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: Python, torch, GPU, memory, disk, hub, Ollama, llama.cpp."""
+    from finetune_assets.doctor import as_json as checks_json
+    from finetune_assets.doctor import checks
+
+    project = Project.find()
+    found = checks(project.home, project.cache)
+    if as_json:
+        _print_json(checks_json(found))
+    else:
+        out.print(tables.checks_table(found))
+    if any(check.state == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    _print_json(json_schema())
+
+
+def main() -> None:
+    """Run the command line; every foreseen failure is one message, without a traceback unless --debug is given."""
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        app()
+    except FinetuneError as error:
+        if debug:
+            raise
+        err.print(Text(error.message, style="bold red"), soft_wrap=True)
+        if error.hint:
+            err.print(Text(error.hint), soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted; what was published stays")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        err.print(
+            Text(
+                f"unexpected {type(error).__name__}: {error}\nrun again with --debug for the traceback",
+                style="bold red",
+            )
+        )
+        sys.exit(1)
+
+
+def _load(spec: str) -> tuple[Project, Recipe]:
+    project = Project.find()
+    # Dagster and the steps read it; one home, however the command was started
+    os.environ.setdefault("DAGSTER_HOME", str(project.home))
+    return project, load_recipe(find_recipe(spec, project.configs))
+
+
+def _assets(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in NODES:
+            raise BadInput(f"--to: unknown asset {name!r}{did_you_mean(name, NODES)}")
+    return names
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _next_commands(recipe: Recipe, served: dict[str, Any]) -> None:
+    tables.print_next_commands(
+        out,
+        recipe.name,
+        [
+            f'finetune chat {recipe.name} -m "Who are you?"',
+            f'finetune chat {recipe.name} --with base -m "Who are you?"',
+            *served["commands"],
+            "make ui   # http://127.0.0.1:3000",
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

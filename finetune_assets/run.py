@@ -1,0 +1,51 @@
+"""Run a recipe's chain through Dagster in this process, so that the UI and the command line share one history."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from typing import Any
+
+from finetune_assets.errors import StepFailed
+from finetune_assets.project import Project
+from finetune_assets.recipe import Recipe
+from finetune_assets.watching import watching
+
+
+def run_chain(
+    recipe: Recipe,
+    project: Project,
+    assets: Collection[str],
+    watcher: Callable[[str, dict[str, Any]], None],
+    *,
+    force: bool = False,
+) -> str:
+    """Materialise the named assets of a recipe, upstreams first; the Dagster run's id.
+
+    Raises:
+        StepFailed: a step failed; the message is the step's own.
+    """
+    import dagster as dg
+
+    from finetune_assets.assets.chain import job_name, recipe_definitions
+    from finetune_assets.assets.step_asset import FORCE_TAG, asset_key
+    from resources.gpu import GpuResource
+
+    project.home.mkdir(parents=True, exist_ok=True)
+    os.environ["DAGSTER_HOME"] = str(project.home)
+    definitions = dg.Definitions.merge(
+        recipe_definitions(recipe, project),
+        dg.Definitions(resources={"gpu": GpuResource()}, executor=dg.in_process_executor),
+    )
+    job = definitions.resolve_job_def(job_name(recipe.name))
+    with dg.DagsterInstance.get() as instance, watching(watcher):
+        try:
+            result = job.execute_in_process(
+                instance=instance,
+                asset_selection=[asset_key(recipe, name) for name in assets],
+                tags={FORCE_TAG: "true"} if force else None,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+        except dg.Failure as failure:
+            raise StepFailed(failure.description or "a step failed") from failure
+        return result.run_id

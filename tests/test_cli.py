@@ -1,0 +1,104 @@
+"""The command line: bad input is one message with the right exit code, and nothing heavy is loaded to say it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune_assets.lineage import NODES
+from tests.conftest import REPOSITORY, MiniProject
+
+
+def finetune(project: MiniProject | None, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {"FINETUNE_PROJECT": str(project.root), "DAGSTER_HOME": str(project.home)} if project else {}
+    return subprocess.run(
+        [sys.executable, "-m", "finetune_assets.cli", *arguments],
+        env={**os.environ, **own, "PYTHONPATH": str(REPOSITORY), **environment},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("plan", "min"), "unknown recipe 'min'; did you mean 'mini'?"),
+        (("run", "nowhere/x.yaml"), "nowhere/x.yaml: no such recipe file"),
+        (("run", "mini", "--to", "lora_adaptor"), "unknown asset 'lora_adaptor'; did you mean 'lora_adapter'?"),
+        (("run", "mini"), "base model not found: there is no folder"),
+        (("chat", "mini", "--with", "olama"), "unknown stage 'olama'; did you mean 'ollama'?"),
+        (("chat", "mini", "--with", "gguf"), "mini/gguf_file has not been made yet"),
+        (("runn", "mini"), "No such command"),
+        (("plan",), "Missing argument"),
+    ],
+)
+def test_bad_input_is_one_message(mini: MiniProject, arguments: tuple[str, ...], words: str):
+    if "base" not in words:
+        (mini.root / "base").mkdir()
+    done = finetune(mini, *arguments)
+    assert words in done.stderr
+    assert done.returncode == (1 if "not been made" in words else 2)
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    assert not (mini.store.exists() and list(mini.store.rglob("manifest.json")))
+
+
+def test_debug_shows_the_traceback(mini: MiniProject):
+    done = finetune(mini, "plan", "min", "--debug")
+    assert "Traceback" in done.stderr and "unknown recipe" in done.stderr
+
+
+def test_the_plan_for_programs(mini: MiniProject):
+    (mini.root / "base").mkdir()
+    done = finetune(mini, "plan", "mini", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [item["asset"] for item in plan] == list(NODES)
+    assert all(set(item) == {"asset", "state", "reasons"} for item in plan)
+    assert {item["state"] for item in plan} == {"missing"}
+
+
+def test_the_demo_and_the_real_world_recipe_plan_on_any_machine(tmp_path):
+    for recipe in ("demo", "llama3_fintech"):
+        done = finetune(None, "plan", recipe, "--json", DAGSTER_HOME=str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)) == len(NODES)
+
+
+def test_a_recipe_may_be_given_by_its_path(mini: MiniProject, tmp_path):
+    (mini.root / "base").mkdir()
+    elsewhere = tmp_path / "other.yaml"
+    elsewhere.write_text(mini.recipe_path().read_text())
+    done = finetune(mini, "plan", str(elsewhere))
+    assert done.returncode == 0, done.stderr
+    assert "other" in done.stdout
+
+
+def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):
+    (mini.root / "base").mkdir()
+    script = (
+        "import sys; sys.argv = ['finetune', 'plan', 'mini']\n"
+        "import finetune_assets.cli as cli\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'dagster', 'transformers', 'datasets', 'pandas', 'numpy', 'ollama'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "FINETUNE_PROJECT": str(mini.root), "DAGSTER_HOME": str(mini.home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_outside_of_any_project(tmp_path):
+    done = finetune(None, "plan", "demo", FINETUNE_PROJECT=str(tmp_path))
+    assert done.returncode == 2
+    assert "no project found" in done.stderr
