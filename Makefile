@@ -46,7 +46,7 @@ test: .venv/.installed-dev
 	$(BIN)/pytest
 
 ui: install
-	$(BIN)/dagster dev -m finetune_assets.definitions -h 127.0.0.1 -p 3000
+	$(BIN)/dagster dev -h 127.0.0.1 -p 3000
 
 clean:
 	git clean -fdxq dagster_home

@@ -22,11 +22,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nor to a server that happens to run here
 
 
+def shared_cache() -> Path:
+    """Where the tests keep what can be fetched or computed again, from one run to the next."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-assets"
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The demo's base model, as the demo makes it: SmolLM2-135M-Instruct in float32, in a folder kept between runs."""
     recipe = load_recipe(REPOSITORY / "configs" / "demo.yaml")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-assets"
+    cache = shared_cache()
     folder = cache / "tests" / f"smollm2-{str(recipe.model.model_sha256)[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "tests.lock"):

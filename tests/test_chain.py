@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from finetune_assets.export.ollama_process import find_binary, serving
 from finetune_assets.lineage import NODES
-from tests.conftest import REPOSITORY, MiniProject, make_mini, rows
+from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 
 FINETUNE = (sys.executable, "-m", "finetune_assets.cli")
 
@@ -62,8 +63,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator
     project = make_mini(tmp_path_factory.mktemp("chain"), base=tiny_base)
     # the converter comes from the cache that the tests share
     project.cache.mkdir(parents=True)
-    shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-assets"
-    (project.cache / "wheels").symlink_to(shared / "wheels")
+    (project.cache / "wheels").symlink_to(shared_cache() / "wheels")
     made = Chain(project)
     assert made.run() == list(NODES)
     yield made
@@ -209,3 +209,16 @@ print(json.dumps(found))
     assert done.returncode == 0, done.stderr
     recorded = json.loads(done.stdout.splitlines()[-1])
     assert recorded == {name: entry["data_version"] for name, entry in chain.json("artifacts", "mini").items()}
+
+
+@pytest.mark.skipif(find_binary() is None, reason="no Ollama: neither OLLAMA_BIN nor `ollama` on the PATH")
+def test_a_server_that_answers_gets_the_model(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with serving(tmp_path / "models") as host:
+        monkeypatch.setitem(chain.environment, "OLLAMA_HOST", host)
+        assert "has no model mini" in chain.json("plan", "mini")[-1]["reasons"][0]
+        assert chain.run() == ["ollama_model"]
+        assert set(chain.states().values()) == {"fresh"}
+        done = chain.finetune("chat", "mini", "-m", "Say something.", "--max-new-tokens", "4")
+        assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "models").rglob("mini/latest"))
+    assert not list((tmp_path / "models").rglob("mini/staging"))
