@@ -150,11 +150,16 @@ def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]
             f"base model not found: {name} is not on {constants.ENDPOINT}",
             "check model.model_name_or_path and model.model_revision; a private model needs HF_TOKEN",
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
+        raise StepFailed(
+            f"base model {name} cannot be had: {constants.ENDPOINT} answers {error.response.status_code}",
+            "try again later, or set HF_ENDPOINT to a mirror",
+        ) from error
+    except Exception as error:  # whatever the hub's HTTP library of the day raises: refused, timed out, no such host
         raise StepFailed(
             f"base model {name} cannot be had: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
             "check the network, set HF_ENDPOINT to a mirror, or give a local folder as model.model_name_or_path",
-        ) from None
+        ) from error
     for path in sorted(Path(folder).iterdir()):
         if path.is_file() and _wanted(path.name):
             shutil.copyfile(path, out / path.name)

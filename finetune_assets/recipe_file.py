@@ -27,6 +27,12 @@ def find_recipe(spec: str, configs: Path) -> Path:
     """
     path = Path(spec)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        own = configs / f"{path.stem}.yaml"
+        if path.is_file() and own.is_file() and not path.samefile(own):
+            raise BadInput(
+                f"{spec}: its assets would take the place of those of {own}",
+                "give the file another name: a recipe's assets are named after it",
+            )
         if path.is_file():
             return path
         raise BadInput(f"{spec}: no such recipe file", f"recipes of this project: {_names(configs)}")

@@ -80,6 +80,14 @@ def test_a_recipe_may_be_given_by_its_path(mini: MiniProject, tmp_path):
     assert "other" in done.stdout
 
 
+def test_a_recipe_elsewhere_cannot_take_the_place_of_the_projects_own(mini: MiniProject, tmp_path):
+    elsewhere = tmp_path / "mini.yaml"
+    elsewhere.write_text(mini.recipe_path().read_text())
+    done = finetune(mini, "plan", str(elsewhere))
+    assert done.returncode == 2
+    assert "would take the place of" in done.stderr
+
+
 def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):
     (mini.root / "base").mkdir()
     script = (

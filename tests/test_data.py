@@ -39,7 +39,8 @@ class Data:
         """Facts, and the text of each split."""
         self.runs += 1
         raw, out = self.folder.parent / f"raw{self.runs}", self.folder.parent / f"out{self.runs}"
-        raw.mkdir(), out.mkdir()
+        raw.mkdir()
+        out.mkdir()
         made = DatasetSection(**{"dataset": ["facts"], "test_size": 2, **section})
         snapshot.take(self.folder, made.dataset, raw)
         facts = prepare(raw, made, out, keep_order=keep_order)

@@ -23,10 +23,10 @@ def plan(mini: MiniProject) -> dict[str, Planned]:
     return make_plan(load_recipe(mini.recipe_path()), mini, open_store(mini))
 
 
-def make(mini: MiniProject, asset: str, **options: bool) -> Outcome:
+def make(mini: MiniProject, asset: str, force: bool = False) -> Outcome:
     (mini.root / "base").mkdir(exist_ok=True)
     recipe = load_recipe(mini.recipe_path())
-    return materialise(asset, recipe, mini, BODIES[asset], lambda event: None, **options)
+    return materialise(asset, recipe, mini, BODIES[asset], lambda event: None, force=force)
 
 
 def make_data(mini: MiniProject) -> None:

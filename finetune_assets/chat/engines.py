@@ -10,6 +10,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from queue import Queue
@@ -165,9 +166,26 @@ class GgufEngine:
             left.set()
             worker.join()
 
+    def complete(self, messages: Messages, *, max_new_tokens: int) -> dict[str, Any]:
+        """The whole greedy answer as llama.cpp's chat completion object, token counts included."""
+        return self._server.handle_chat_completions(
+            {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "reasoning_format": "none"}
+        )
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._server = None
+
+
+def prompt_tokens(gguf: Path, messages: Messages) -> int:
+    """How many tokens llama.cpp reads for these messages, rendered by the file's own chat template.
+
+    Raises:
+        StepFailed: llama.cpp cannot load the file.
+    """
+    with closing(GgufEngine(gguf)) as engine:
+        reply = engine.complete(messages, max_new_tokens=1)
+    return int(reply["usage"]["prompt_tokens"])
 
 
 def _piece(event: dict[str, Any] | Exception) -> Iterator[str]:
