@@ -57,7 +57,7 @@ def webserver(project: Path, home: Path) -> Iterator[str]:
 
 
 @contextmanager
-def page(width: int = 1500, height: int = 900) -> Iterator[Page]:
+def page(width: int = 1600, height: int = 1000) -> Iterator[Page]:
     """An empty page of a headless browser."""
     with sync_playwright() as playwright:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
@@ -92,7 +92,11 @@ def main(recipe: str, out: Path) -> None:
             browser.goto(f"{address}/assets/{recipe}/{asset}?view=overview")
             browser.get_by_text("fingerprint").first.wait_for(timeout=120_000)
             browser.wait_for_timeout(2000)
-            browser.screenshot(path=out / f"{asset}.png", full_page=True)
+            browser.screenshot(path=out / f"{asset}.png")
+        browser.goto(f"{address}/assets/{recipe}/lora_adapter?view=overview")
+        browser.get_by_text("[Show Markdown]").first.click(timeout=60_000)
+        browser.wait_for_timeout(2000)
+        browser.screenshot(path=out / "loss_curve.png")
 
 
 if __name__ == "__main__":

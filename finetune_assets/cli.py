@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,8 +70,12 @@ def run(
     if todo:
         from finetune_assets.run import run_chain
 
-        with LiveRun(err, [name for name in NODES if name in wanted], todo) as live:
-            run_id = run_chain(loaded, project, todo, live.event, force=force)
+        try:
+            with LiveRun([name for name in NODES if name in wanted], todo) as live:
+                run_id = run_chain(loaded, project, todo, live.event, force=force)
+        except KeyboardInterrupt:
+            err.print("interrupted; what was published before stays, the rest was swept away")
+            raise typer.Exit(130) from None
         plan = make_plan(loaded, project, store)
     artifacts = tables.known_artifacts(loaded, plan, store)
     if as_json:
@@ -89,9 +95,9 @@ def run(
         else "everything is up to date"
     )
     out.print(Text(f"{loaded.name}: {took}", style="bold"))
-    out.print(tables.artifacts_table(artifacts))
+    out.print(tables.artifacts_table(artifacts), "")
     if "eval_metrics" in artifacts:
-        out.print(tables.metrics_table(artifacts["eval_metrics"].metrics))
+        out.print(tables.metrics_table(artifacts["eval_metrics"].metrics), "")
     if "ollama_model" in artifacts:
         _next_commands(loaded, artifacts["ollama_model"].metrics)
 
@@ -175,9 +181,6 @@ def main() -> None:
         if error.hint:
             err.print(Text(error.hint), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("interrupted; what was published stays")
-        sys.exit(130)
     except Exception as error:
         if debug:
             raise
@@ -209,16 +212,17 @@ def _print_json(value: Any) -> None:
 
 
 def _next_commands(recipe: Recipe, served: Mapping[str, Any]) -> None:
-    tables.print_next_commands(
-        out,
-        recipe.name,
-        [
-            f'finetune chat {recipe.name} -m "Who are you?"',
-            f'finetune chat {recipe.name} --with base -m "Who are you?"',
-            *served["commands"],
-            "make ui   # http://127.0.0.1:3000",
-        ],
-    )
+    """What to try next, as it can be typed here: with the program's path where it is not on the PATH."""
+    program = "finetune" if shutil.which("finetune") else tables.short_path(Path(sys.argv[0]))
+    commands = [
+        f'{program} chat {recipe.name} --with base -m "Who are you?"',
+        f'{program} chat {recipe.name} --with gguf -m "Who are you?"',
+        *served["commands"],
+        "make ui   # http://127.0.0.1:3000",
+    ]
+    out.print(Text("Try next", style="bold"))
+    for command in commands:
+        out.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -48,4 +48,6 @@ def run_chain(
             )
         except dg.Failure as failure:
             raise StepFailed(failure.description or "a step failed") from failure
+        except dg.DagsterExecutionInterruptedError:
+            raise KeyboardInterrupt from None  # what it was before Dagster caught it
         return result.run_id

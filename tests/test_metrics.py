@@ -101,3 +101,28 @@ def test_jieba_is_quiet_and_leaves_no_cache(
     assert metrics.words("我是人工智能助手") == ["我", "是", "人工智能", "助手"]
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
+
+
+class Jieba:
+    """Our words, for Google's rouge-score."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return metrics.words(text)
+
+
+@given(
+    st.permutations([*"信贷风险合规支付保险", "bank", "loan", "risk"]),
+    st.permutations([*"信贷银行合规", "bank", "card"]),
+)
+@settings(max_examples=50, deadline=None)
+def test_rouge_is_that_of_another_implementation_where_no_word_is_repeated(
+    said: list[str], expected: list[str]
+) -> None:
+    """rouge-score counts repeated n-grams, we (as LLaMA-Factory) do not: without repetitions they must agree."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    answer, label = " ".join(said[:9]), " ".join(expected)
+    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Jieba()).score(label, answer)
+    ours = metrics.score(answer, label)
+    for name, other in (("rouge-1", "rouge1"), ("rouge-2", "rouge2"), ("rouge-l", "rougeL")):
+        assert ours[name] == pytest.approx(100 * theirs[other].fmeasure, abs=1e-3)

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
-from finetune_assets.assets.step_asset import StepAsset
-from finetune_assets.evaluation.report import evaluate, table
+from finetune_assets.assets.step_asset import StepAsset, table
+from finetune_assets.evaluation.report import evaluate
+from finetune_assets.evaluation.report import table as markdown
 from finetune_assets.materialise import Step
 
+MEASURES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")
 CONTENT = ["metrics.json", "predictions.jsonl"]
 
 
@@ -33,14 +35,12 @@ def build(step: Step) -> Made:
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     metrics = artifact.metrics
-    tuned = {
-        f"tuned {name}": dg.MetadataValue.float(metrics["tuned"][name])
-        for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")
-        if metrics["tuned"][name] is not None
-    }
+    base, tuned = metrics["base"], metrics["tuned"]
+    measured = [name for name in MEASURES if base[name] is not None and tuned[name] is not None]
     return {
-        "base against tuned": dg.MetadataValue.md(table(dict(metrics))),
-        **tuned,
+        "scores": table([{"measure": name, "base": base[name], "tuned": tuned[name]} for name in measured]),
+        "scores by data set": dg.MetadataValue.md(markdown(dict(metrics))),
+        **{f"tuned {name}": dg.MetadataValue.float(tuned[name]) for name in measured},
         "answers": dg.MetadataValue.md("\n\n---\n\n".join(_sample(sample) for sample in metrics["samples"])),
         "compared": dg.MetadataValue.text(metrics["compared"]),
     }

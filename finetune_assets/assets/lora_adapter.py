@@ -24,6 +24,7 @@ FIGURES = {
     "peak memory (GiB)": "peak_memory_gib",
     "trainable parameters": "trainable_parameters",
     "device": "device",
+    "device memory (GiB)": "device_memory_gib",
     "precision": "precision",
 }
 

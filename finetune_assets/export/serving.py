@@ -47,6 +47,9 @@ def publish(
     text = modelfile(str(gguf), template=template.text, system=system, parameters=options)
     host = ollama_server.configured_host()
     if ollama_server.answers(host) is not None:
+        from finetune_assets.chat.engines import prompt_tokens
+
+        opening = [{"role": "system", "content": system}] if system else []
         made = ollama_server.create(
             host,
             section.name,
@@ -54,14 +57,13 @@ def publish(
             template=template.text,
             system=system,
             parameters=options,
+            probe_tokens=prompt_tokens(gguf, [*opening, *ollama_server.QUESTION]),
             progress=lambda line: progress({"event": "message", "text": line}),
         )
         where, place, commands = "server", host, [f"ollama run {section.name}"]
     else:
         models.mkdir(parents=True, exist_ok=True)
-        made = ollama_store.write(
-            models, section.name, gguf, template=template.text, system=system, parameters=options
-        )
+        made = ollama_store.write(models, section.name, gguf, template=template.text, system=system, parameters=options)
         where, place = "store", str(models)
         commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {section.name}"]
     (out / "Modelfile").write_text(text, encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -26,10 +28,14 @@ PLAIN_EVERY = 10.0  # seconds between two progress lines when the output is no t
 
 
 class LiveRun:
-    """Shows the events of a run; a context manager. In a pipe or a CI log it prints plain lines instead."""
+    """Shows the events of a run on standard error; a context manager. In a CI log it prints plain lines instead.
 
-    def __init__(self, console: Console, assets: Iterable[str], at_work: Iterable[str]):
-        self._console = console
+    While it is open it has the terminal for itself: what libraries print is found in Dagster's log of the step.
+    """
+
+    def __init__(self, assets: Iterable[str], at_work: Iterable[str]):
+        self._saved = (os.dup(1), os.dup(2))
+        self._console = Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8"))
         self._at_work = set(at_work)
         self._states = {name: "waiting" if name in self._at_work else "fresh" for name in assets}
         self._began: dict[str, float] = {}
@@ -37,9 +43,13 @@ class LiveRun:
         self._notes: dict[str, str] = {}
         self._step: dict[str, dict[str, Any]] = {}
         self._last_plain = 0.0
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=False)
+        self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> LiveRun:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for original in (1, 2):
+            os.dup2(nowhere, original)
+        os.close(nowhere)
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -51,6 +61,12 @@ class LiveRun:
                     self._finish(name, "failed")
         if self._console.is_terminal:
             self._live.stop()
+        self._console.file.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for original, saved in zip((1, 2), self._saved, strict=True):
+            os.dup2(saved, original)
+            os.close(saved)
 
     def event(self, asset: str, event: dict[str, Any]) -> None:
         """Take in one event of `watching.tell`."""
@@ -81,7 +97,7 @@ class LiveRun:
     def _plain(self, line: str) -> None:
         if not self._console.is_terminal:
             self._last_plain = time.monotonic()
-            self._console.print(line, markup=False, highlight=False)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _render(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2))

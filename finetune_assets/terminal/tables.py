@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -64,11 +64,11 @@ def artifacts_json(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
     """What was made, how large, and where."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("asset", "fingerprint", "size", "where"):
+    for column in ("asset", "size", "where"):
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for name, artifact in artifacts.items():
         size = sum(record["size"] for record in artifact.manifest["files"].values())
-        table.add_row(name, artifact.fingerprint, human_size(size), str(artifact.path))
+        table.add_row(name, human_size(size), short_path(artifact.path))
     return table
 
 
@@ -93,6 +93,11 @@ def checks_table(checks: list[Check]) -> Table:
     return table
 
 
+def short_path(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
 def human_size(size: float) -> str:
     """Bytes in decimal units: `538.1 MB`."""
     for unit in ("B", "kB", "MB"):
@@ -100,10 +105,3 @@ def human_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
-
-
-def print_next_commands(console: Console, recipe: str, commands: list[str]) -> None:
-    """The commands to try next."""
-    console.print(Text("Try next", style="bold"))
-    for command in commands:
-        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

@@ -141,6 +141,7 @@ def _run(
         "seconds": log.seconds,
         "peak_memory_gib": _peak_memory_gib(device),
         "device": device.name,
+        "device_memory_gib": device.memory_gib,
         "precision": device.precision,
     }
 
