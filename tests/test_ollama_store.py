@@ -11,6 +11,7 @@ import pytest
 
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import ollama_store
+from finetune_assets.export.gguf_file import UINT32, read_head, write_with_head
 from finetune_assets.export.ollama_store import manifest_path, read, write
 
 
@@ -140,3 +141,13 @@ def test_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match="no GGUF file"):
         publish(tmp_path / "models", tmp_path / "x.gguf")
     assert read(tmp_path / "models", "demo") is None
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "F32"), (32, "BF16"), (15, "Q4_K_M"), (10, "Q2_K"), (99, "unknown")])
+def test_file_types_as_ollama_names_them(tmp_path: Path, gguf: Path, number: int, name: str) -> None:
+    typed = tmp_path / "typed.gguf"
+    write_with_head(gguf, read_head(gguf).with_value("general.file_type", UINT32, number), typed)
+    publish(tmp_path / "models", typed)
+    manifest = json.loads(manifest_path(tmp_path / "models", "demo").read_bytes())
+    config = tmp_path / "models/blobs" / manifest["config"]["digest"].replace(":", "-")
+    assert json.loads(config.read_bytes())["file_type"] == name

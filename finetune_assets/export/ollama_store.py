@@ -1,0 +1,194 @@
+"""A model written straight into an Ollama model store, without a server.
+
+The layout is Ollama's: blobs/sha256-HEX, and manifests/HOST/NAMESPACE/NAME/TAG naming them. The bytes of every blob
+are the ones that a server would write (but that a server calls the type of f32 files "unknown"). The manifest comes
+last and in one step, so a model is whole or not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.errors import BadInput
+from finetune_assets.export.gguf_file import FILE_TYPES, read_head
+
+IMAGE = "application/vnd.ollama.image."
+CONFIG = "application/vnd.docker.container.image.v1+json"
+MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+FILE_TYPE_NAMES = {number: kind.upper() for kind, number in FILE_TYPES.items()}  # Ollama's: Q4_K_M
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A blob in a manifest: media type without Ollama's prefix, "sha256:HEX", bytes."""
+
+    kind: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that is there: `digest` is the manifest's sha256 (what `ollama list` shows, in full)."""
+
+    name: str
+    digest: str
+    layers: tuple[Layer, ...]
+
+
+def write(
+    models_dir: Path,
+    name: str,
+    gguf: Path,
+    *,
+    template: str,
+    system: str | None,
+    parameters: Mapping[str, Any],
+    licenses: Sequence[str] = (),
+) -> Published:
+    """Publish `gguf` as `name` ("model", "namespace/model", with ":tag" if not latest) in the store `models_dir`.
+
+    The weights are a hard link where the file system allows, else a copy.
+
+    Raises:
+        StepFailed: `gguf` is no GGUF file.
+        BadInput: `name` is no model name.
+    """
+    place = manifest_path(models_dir, name)
+    head = read_head(gguf)
+    blobs = models_dir / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    layers = [_entry(IMAGE + "model", *_link(blobs, gguf))]
+    texts = [("template", template), ("system", system or ""), *(("license", text) for text in licenses)]
+    layers += [_entry(IMAGE + kind, *_put(blobs, text.encode())) for kind, text in texts if text]
+    if parameters:
+        layers.append(_entry(IMAGE + "params", *_put(blobs, go_json(_numbers(parameters)))))
+    family = head.get("general.architecture")
+    config = {
+        "model_format": "gguf",
+        "model_family": family,
+        "model_families": [family],
+        "model_type": human_number(head.parameters),
+        "file_type": FILE_TYPE_NAMES.get(head.get("general.file_type"), "unknown"),
+        "architecture": "amd64",
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
+    }
+    manifest = go_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": _entry(CONFIG, *_put(blobs, go_json(config))),
+            "layers": layers,
+        }
+    )
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _replace(place, manifest)
+    return Published(name, hashlib.sha256(manifest).hexdigest(), layers_of(json.loads(manifest)))
+
+
+def read(models_dir: Path, name: str) -> str | None:
+    """The digest of a published model, or None where it is not there or one of its blobs is missing or cut short."""
+    try:
+        manifest = manifest_path(models_dir, name).read_bytes()
+        described = json.loads(manifest)
+        for layer in (described["config"], *described["layers"]):
+            if _blob(models_dir / "blobs", layer["digest"]).stat().st_size != layer["size"]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def manifest_path(models_dir: Path, name: str) -> Path:
+    """Where a model's manifest lies. BadInput for what is no model name."""
+    path, _, tag = name.partition(":")
+    parts = path.split("/")
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"\w[\w.-]*", part) for part in [*parts, tag or "latest"]):
+        raise BadInput(f"{name!r} is no Ollama model name", "write it like model, namespace/model or model:tag")
+    defaults = ["registry.ollama.ai", "library"]
+    return Path(models_dir, "manifests", *defaults[: 3 - len(parts)], *parts, tag or "latest")
+
+
+def layers_of(manifest: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The layers that a manifest names."""
+    return tuple(
+        Layer(layer["mediaType"].removeprefix(IMAGE), layer["digest"], layer["size"]) for layer in manifest["layers"]
+    )
+
+
+def go_json(value: Any) -> bytes:
+    """JSON as Go's encoder writes it: no spaces, some characters escaped, a newline at the end."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return (text + "\n").encode()
+
+
+def human_number(count: int) -> str:
+    """A number of weights as Ollama abbreviates it: 134.52M, 8B, 8.0B."""
+    if count >= 10**9:
+        return f"{count / 1e9:.0f}B" if count % 10**9 == 0 else f"{count / 1e9:.1f}B"
+    if count >= 10**6:
+        return f"{count / 1e6:.0f}M" if count % 10**6 == 0 else f"{count / 1e6:.2f}M"
+    return f"{count / 1e3:.0f}K" if count >= 1000 else str(count)
+
+
+def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Sorted by name, whole numbers without a decimal point: as Go writes a map."""
+    whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in parameters.items()}
+    return dict(sorted(whole.items()))
+
+
+def _entry(media_type: str, digest: str, size: int) -> dict[str, Any]:
+    return {"mediaType": media_type, "digest": digest, "size": size}
+
+
+def _blob(blobs: Path, digest: str) -> Path:
+    return blobs / digest.replace(":", "-")
+
+
+def _put(blobs: Path, data: bytes) -> tuple[str, int]:
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    if not _complete(_blob(blobs, digest), len(data)):
+        _replace(_blob(blobs, digest), data)
+    return digest, len(data)
+
+
+def _link(blobs: Path, file: Path) -> tuple[str, int]:
+    from finetune_assets.packaged import file_sha256
+
+    digest, size = f"sha256:{file_sha256(file)}", file.stat().st_size
+    blob = _blob(blobs, digest)
+    if not _complete(blob, size):
+        with tempfile.TemporaryDirectory(dir=blobs, prefix="partial-") as staging:
+            link = Path(staging) / blob.name
+            try:
+                os.link(file, link)
+            except OSError:
+                shutil.copyfile(file, link)
+            link.replace(blob)
+    return digest, size
+
+
+def _complete(blob: Path, size: int) -> bool:
+    return blob.is_file() and blob.stat().st_size == size
+
+
+def _replace(path: Path, data: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="partial-")
+    with os.fdopen(handle, "wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    Path(temporary).chmod(0o644)
+    Path(temporary).replace(path)
