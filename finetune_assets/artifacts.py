@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below
-from finetune_assets.errors import StepFailed
+from finetune_assets.disk import disk_trouble
+from finetune_assets.errors import FinetuneError
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
@@ -123,10 +124,19 @@ class ArtifactStore:
         return self.get(recipe, asset, fingerprint)
 
     def make_current(self, artifact: Artifact) -> None:
-        """Record that this artifact is what the asset was last materialised to."""
+        """Record that this artifact is what the asset was last materialised to.
+
+        Raises:
+            StepFailed: the store cannot be written.
+        """
         pointer = artifact.path.parent / "CURRENT"
-        if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
-            write_atomically(pointer, artifact.fingerprint + "\n")
+        try:
+            if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
+                write_atomically(pointer, artifact.fingerprint + "\n")
+        except OSError as error:
+            if (failure := disk_trouble(error, pointer.parent, outcome="what was published stays")) is None:
+                raise
+            raise failure from error
 
     @contextmanager
     def building(self, recipe: str, asset: str, fingerprint: str) -> Iterator[Path]:
@@ -152,8 +162,12 @@ class ArtifactStore:
                     yield staging
                 finally:
                     shutil.rmtree(staging, ignore_errors=True)
-        except OSError as error:
-            raise _disk_trouble(error, folder) from error
+        except FinetuneError:
+            raise
+        except Exception as error:
+            if (failure := disk_trouble(error, folder)) is None:
+                raise
+            raise failure from error
 
     def publish(
         self, staging: Path, recipe: str, asset: str, fingerprint: Fingerprint, made: Made, record: Mapping[str, Any]
@@ -222,15 +236,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _disk_trouble(error: OSError, folder: Path) -> StepFailed:
-    import errno
-
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(folder).free / 1e9
-        return StepFailed(
-            f"no space left on the disk of {folder} ({free:.1f} GB free); nothing was published",
-            "free some space, or set DAGSTER_HOME to a folder on a larger disk",
-        )
-    return StepFailed(f"{error.filename or folder}: {error.strerror or error}; nothing was published")

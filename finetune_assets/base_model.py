@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -134,33 +135,11 @@ def _copy(folder: Path, out: Path) -> dict[str, Any]:
 
 
 def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from finetune_assets.hub import download
 
-    name = f"{source.repo_id} (revision {source.revision})"
-    try:
-        commit = HfApi().model_info(source.repo_id, revision=source.revision).sha
-        progress({"event": "message", "text": f"downloading {source.repo_id} at {commit}"})
-        # into the hub's own cache, which resumes, then copied: links out of an artifact would not be whole
-        folder = snapshot_download(source.repo_id, revision=commit, allow_patterns=list(WANTED))
-    except GatedRepoError:
-        raise StepFailed(f"base model {name} is gated", "accept its terms on the hub and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise StepFailed(
-            f"base model not found: {name} is not on {constants.ENDPOINT}",
-            "check model.model_name_or_path and model.model_revision; a private model needs HF_TOKEN",
-        ) from None
-    except HfHubHTTPError as error:
-        raise StepFailed(
-            f"base model {name} cannot be had: {constants.ENDPOINT} answers {error.response.status_code}",
-            "try again later, or set HF_ENDPOINT to a mirror",
-        ) from error
-    except Exception as error:  # whatever the hub's HTTP library of the day raises: refused, timed out, no such host
-        raise StepFailed(
-            f"base model {name} cannot be had: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
-            "check the network, set HF_ENDPOINT to a mirror, or give a local folder as model.model_name_or_path",
-        ) from error
-    for path in sorted(Path(folder).iterdir()):
+    folder, commit = download(source.repo_id, source.revision, WANTED, progress)
+    # copied: links out of an artifact would not be whole
+    for path in sorted(folder.iterdir()):
         if path.is_file() and _wanted(path.name):
             shutil.copyfile(path, out / path.name)
     return {"source": source.repo_id, "revision": commit}
@@ -178,5 +157,9 @@ def _check(out: Path, name: str) -> None:
             f"base model {name} has no .safetensors weights",
             "pickled weights (.bin, .pt) can run code when read and are refused: convert them to safetensors",
         )
+    for index in out.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(shard for shard in shards if not (out / shard).is_file()):
+            raise StepFailed(f"base model {name} is incomplete: {index.name} names {missing[0]}, which is not there")
     if not any((out / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StepFailed(f"base model {name} has no tokenizer files")

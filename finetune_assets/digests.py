@@ -6,6 +6,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class DigestCache:
         self._file = file
         self._seen: dict[str, tuple[str, str]] = {}
         try:
-            with self._connect() as db:
+            with closing(self._connect()) as db:
                 self._seen = {key: (stamp, digest) for key, stamp, digest in db.execute("SELECT * FROM digests")}
         except (sqlite3.Error, OSError):
             pass
@@ -58,7 +59,7 @@ class DigestCache:
         self._seen[key] = (stamp, digest)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with self._connect() as db:
+            with closing(self._connect()) as db:
                 db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (key, stamp, digest))
         except (sqlite3.Error, OSError):
             pass

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
+from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import StepFailed
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
@@ -23,7 +24,7 @@ def run_chain(
     """Materialise the named assets of a recipe, upstreams first; the Dagster run's id.
 
     Raises:
-        StepFailed: a step failed; the message is the step's own.
+        StepFailed: a step failed; the message is the step's own. Or Dagster's history cannot be written.
     """
     import dagster as dg
 
@@ -31,23 +32,28 @@ def run_chain(
     from finetune_assets.assets.step_asset import FORCE_TAG, asset_key
     from resources.gpu import GpuResource
 
-    project.home.mkdir(parents=True, exist_ok=True)
     os.environ["DAGSTER_HOME"] = str(project.home)
     definitions = dg.Definitions.merge(
         recipe_definitions(recipe, project),
         dg.Definitions(resources={"gpu": GpuResource()}, executor=dg.in_process_executor),
     )
     job = definitions.resolve_job_def(job_name(recipe.name))
-    with dg.DagsterInstance.get() as instance, watching(watcher):
-        try:
+    try:
+        project.home.mkdir(parents=True, exist_ok=True)
+        with dg.DagsterInstance.get() as instance, watching(watcher):
             result = job.execute_in_process(
                 instance=instance,
                 asset_selection=[asset_key(recipe, name) for name in assets],
                 tags={FORCE_TAG: "true"} if force else None,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
-        except dg.Failure as failure:
-            raise StepFailed(failure.description or "a step failed") from failure
-        except dg.DagsterExecutionInterruptedError:
-            raise KeyboardInterrupt from None  # what it was before Dagster caught it
-        return result.run_id
+            return result.run_id
+    except dg.Failure as failure:
+        raise StepFailed(failure.description or "a step failed") from failure
+    except dg.DagsterExecutionInterruptedError:
+        raise KeyboardInterrupt from None  # what it was before Dagster caught it
+    except Exception as error:
+        # Dagster's own history lies on that disk, too
+        if (trouble := disk_trouble(error, project.home, outcome="what was published stays")) is None:
+            raise
+        raise trouble from error

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import IO, Any
 
+from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed
 
 
@@ -69,14 +70,18 @@ def main(arguments: list[str]) -> int:
         events.write(json.dumps(event, ensure_ascii=False) + "\n")
         events.flush()
 
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     try:
-        job = json.loads(Path(job_file).read_text(encoding="utf-8"))
         quieten()
         report = work(job, send)
-    except FinetuneError as error:
-        kind = BadInput if isinstance(error, BadInput) else StepFailed
-        send({"event": "error", "kind": kind.__name__, "message": error.message, "hint": error.hint})
-        return error.exit_code
+    except Exception as error:
+        # a full disk reaches us in the words of whichever library was writing
+        failure = error if isinstance(error, FinetuneError) else disk_trouble(error, Path(job["out"]))
+        if failure is None:
+            raise
+        kind = BadInput if isinstance(failure, BadInput) else StepFailed
+        send({"event": "error", "kind": kind.__name__, "message": failure.message, "hint": failure.hint})
+        return failure.exit_code
     send({"event": "done", "report": report})
     return 0
 

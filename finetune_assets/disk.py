@@ -1,0 +1,54 @@
+"""Disk trouble in words: full, read-only, not ours."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+
+from finetune_assets.errors import StepFailed
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# Libraries written in other languages raise errors of their own, which carry the system's words only.
+FULL_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+READ_ONLY_WORDS = ("Read-only file system", "attempt to write a readonly database")
+
+
+def disk_trouble(
+    error: BaseException, folder: Path, *, setting: str = "DAGSTER_HOME", outcome: str = "nothing was published"
+) -> StepFailed | None:
+    """The failure to report for an error met while writing below `folder`, or None if the disk is not to blame.
+
+    Args:
+        setting: the environment variable that puts the folder elsewhere.
+        outcome: what became of the work.
+    """
+    if _says(error, FULL, FULL_WORDS):
+        return StepFailed(
+            f"no space left on the disk of {folder} ({_free(folder)} free); {outcome}",
+            f"free some space, or set {setting} to a folder on a larger disk",
+        )
+    if _says(error, (errno.EROFS,), READ_ONLY_WORDS):
+        return StepFailed(
+            f"the disk of {folder} is read-only; {outcome}",
+            f"make it writable, or set {setting} to a folder on another disk",
+        )
+    if isinstance(error, OSError):
+        return StepFailed(f"{error.filename or folder}: {error.strerror or error}; {outcome}")
+    return None
+
+
+def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return True
+        if any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free(folder: Path) -> str:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    return f"{free / 1e9:.1f} GB" if free >= 1e8 else f"{free / 1e6:.1f} MB"
