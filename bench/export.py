@@ -19,7 +19,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-MERGE = "from finetune_assets.export.merge import merge; merge(Path(a), Path(b), Path(out), export_size=5, export_dtype='auto')"
+MERGE = (
+    "from finetune_assets.export.merge import merge; "
+    "merge(Path(a), Path(b), Path(out), export_size=5, export_dtype='auto')"
+)
 COPY = "import shutil; [shutil.copyfile(p, Path(out) / p.name) for p in Path(a).iterdir() if p.is_file()]"
 PEFT = (
     "from transformers import AutoModelForCausalLM; from peft import PeftModel; import torch;"
@@ -30,7 +33,9 @@ OURS_Q8 = "from finetune_assets.export.quantise import make_types; make_types(Pa
 NUMPY_Q8 = (
     "import gguf, numpy as np\n"
     "for t in gguf.GGUFReader(a).tensors:\n"
-    "    if len(t.shape) > 1: gguf.quantize(np.asarray(t.data, np.float32), gguf.GGMLQuantizationType.Q8_0).tofile(out + '/x')"
+    "    if len(t.shape) > 1:\n"
+    "        rows = np.asarray(t.data, np.float32)\n"
+    "        gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0).tofile(out + '/x')"
 )
 TIMER = """
 import resource, sys, time
