@@ -15,13 +15,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import FinetuneError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 MANIFEST = "manifest.json"
+CURRENT = "CURRENT"
+STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
 MANIFEST_VERSION = 1
 FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
 
@@ -56,6 +61,21 @@ class Artifact:
     @property
     def metrics(self) -> Mapping[str, Any]:
         return self.manifest["metrics"]
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """The artifacts that it was made of: asset -> fingerprint."""
+        return self.manifest["inputs"]
+
+    @property
+    def created(self) -> str:
+        """When it was made, UTC, in ISO 8601: later sorts after earlier."""
+        return self.manifest["created"]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files, as published."""
+        return sum(record["size"] for record in self.manifest["files"].values())
 
     def part_version(self, part: str) -> str:
         """The data version of one named part (a split, a GGUF type)."""
@@ -115,10 +135,17 @@ class ArtifactStore:
             return None
         return Artifact(path, manifest)
 
+    def published(self, recipe: str, asset: str) -> list[Artifact]:
+        """Every artifact of an asset, the one made first coming first."""
+        folder = self.folder(recipe, asset)
+        names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        found = [artifact for name in names if (artifact := self.get(recipe, asset, name)) is not None]
+        return sorted(found, key=lambda artifact: artifact.created)
+
     def current(self, recipe: str, asset: str) -> Artifact | None:
         """The artifact that was materialised last."""
         try:
-            fingerprint = (self.folder(recipe, asset) / "CURRENT").read_text(encoding="utf-8").strip()
+            fingerprint = (self.folder(recipe, asset) / CURRENT).read_text(encoding="utf-8").strip()
         except OSError:
             return None
         return self.get(recipe, asset, fingerprint)
@@ -129,7 +156,7 @@ class ArtifactStore:
         Raises:
             StepFailed: the store cannot be written.
         """
-        pointer = artifact.path.parent / "CURRENT"
+        pointer = artifact.path.parent / CURRENT
         try:
             if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
                 write_atomically(pointer, artifact.fingerprint + "\n")
@@ -137,6 +164,12 @@ class ArtifactStore:
             if (failure := disk_trouble(error, pointer.parent, outcome="what was published stays")) is None:
                 raise
             raise failure from error
+
+    def lock(self, recipe: str, asset: str) -> FileLock:
+        """The lock, not yet taken, of whoever adds to an asset's folder, which has to be there, or takes from it."""
+        from filelock import FileLock
+
+        return FileLock(self.folder(recipe, asset) / ".lock")
 
     @contextmanager
     def building(self, recipe: str, asset: str, fingerprint: str) -> Iterator[Path]:
@@ -148,15 +181,13 @@ class ArtifactStore:
         Raises:
             StepFailed: the store cannot be written.
         """
-        from filelock import FileLock
-
         folder = self.folder(recipe, asset)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock"):
-                for left in folder.glob(".staging-*"):
+            with self.lock(recipe, asset):
+                for left in folder.glob(f"{STAGING}*"):
                     shutil.rmtree(left, ignore_errors=True)
-                staging = Path(tempfile.mkdtemp(prefix=f".staging-{fingerprint}-", dir=folder))
+                staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{fingerprint}-", dir=folder))
                 staging.chmod(0o755)
                 try:
                     yield staging
@@ -202,16 +233,36 @@ class ArtifactStore:
         }
         for path in files_below(staging).values():
             _fsync(path)
-        write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        _write_manifest(staging, manifest)
         old = None
         if target.exists():
-            old = target.with_name(f".staging-replaced-{fingerprint.hex}")
+            old = target.with_name(f"{STAGING}replaced-{fingerprint.hex}")
             target.rename(old)
         staging.rename(target)
         _fsync(target.parent)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
         return Artifact(target, manifest)
+
+    def amend(self, artifact: Artifact, metrics: Mapping[str, Any]) -> Artifact:
+        """Replace the metrics in a manifest: for facts about where an artifact is used, not about what it is."""
+        manifest = {**artifact.manifest, "metrics": dict(metrics)}
+        _write_manifest(artifact.path, manifest)
+        return Artifact(artifact.path, manifest)
+
+    def remove(self, artifact: Artifact) -> None:
+        """Take an artifact away, in one rename; the caller holds the asset's lock.
+
+        Killed before the end, this leaves a folder to be swept, and no artifact with half its files.
+        """
+        folder = artifact.path.parent
+        pointer = folder / CURRENT
+        if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == artifact.fingerprint:
+            pointer.unlink()
+        trash = folder / f"{STAGING}removed-{artifact.fingerprint}"
+        artifact.path.rename(trash)
+        _fsync(folder)
+        shutil.rmtree(trash)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -228,6 +279,10 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `finetune run | plan | artifacts | chat | doctor | schema`.
+"""The command line: `finetune run | plan | artifacts | explain | chat | rollback | gc | doctor | schema`.
 
 Exit codes: 0 done or up to date, 1 a step failed, 2 bad input.
 """
@@ -144,6 +144,78 @@ def chat(
     found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
     with open_engine(using, loaded, project, found) as engine:
         converse(engine, out, system=loaded.system, message=message, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def explain(
+    asset: Annotated[str, typer.Argument(metavar="RECIPE/ASSET", help="For example demo/lora_adapter.")],
+    as_json: Json = False,
+) -> None:
+    """Say what an artifact was made of: rows, values, versions, seeds, all the way back."""
+    from finetune_assets.ancestry import ancestry
+    from finetune_assets.retention import subjects
+    from finetune_assets.terminal import history
+
+    spec, _, name = asset.rpartition("/")
+    if not spec or name not in NODES:
+        raise BadInput(f"{asset!r} is no RECIPE/ASSET{did_you_mean(name, NODES)}", "for example demo/lora_adapter")
+    project = Project.find()
+    store = open_store(project)
+    recipe = subjects([spec], project, store)[0].name  # whether or not its file is still there
+    found = ancestry(recipe, name, store)
+    if as_json:
+        _print_json({"recipe": recipe, "asset": name, "ancestry": [item.described() for item in found]})
+    else:
+        out.print(history.ancestry_tree(recipe, found))
+
+
+@app.command()
+def rollback(
+    recipe: RecipeArgument,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FINGERPRINT", help="Which one; its first digits are enough.")
+    ] = None,
+) -> None:
+    """Serve an earlier model again: the one made before the present one, or the one named."""
+    from finetune_assets import rollback as back
+
+    project, loaded = _load(recipe)
+    store = open_store(project)
+    served = back.rollback(
+        loaded.name, project, store, lambda event: err.print(event["text"], style="dim", markup=False), to=to
+    )
+    facts = served.metrics
+    out.print(
+        Text(f"{facts['name']} is {served.fingerprint} again, made {tables.moment(served.created)}", style="bold"),
+        soft_wrap=True,
+    )
+    out.print(f"served from the {facts['where']} {facts['place']}", markup=False, highlight=False, soft_wrap=True)
+    after = make_plan(loaded, project, store)[back.ASSET]
+    out.print(tables.planned_line(after), soft_wrap=True)
+    if after.state != "fresh":
+        out.print(f"the recipe asks for another: finetune run {loaded.name} serves that one again", soft_wrap=True)
+
+
+@app.command()
+def gc(
+    recipes: Annotated[
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Only these (default: all that were made).")
+    ] = None,
+    keep: Annotated[int, typer.Option(min=0, help="How many of the newest of each asset stay in any case.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say it, and remove nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts that nothing needs and that a run can make again."""
+    from finetune_assets.retention import collect, subjects
+    from finetune_assets.terminal import history
+
+    project = Project.find()
+    store = open_store(project)
+    done = collect(subjects(recipes or [], project, store), project, store, keep=keep, dry_run=dry_run)
+    if as_json:
+        _print_json(history.collection_json(done, dry_run))
+    else:
+        history.print_collection(out, done, dry_run)
 
 
 @app.command()

@@ -64,19 +64,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], recipe: Recipe) 
         before, after = (values["recipe"].get(key, _default_of(key, recipe)) for values in (old, new))
         if before != after:
             reasons.append(f"{key} {shown(before)} -> {shown(after)}")
-    for key in sorted({*old["sources"], *new["sources"]}):
-        before, after = old["sources"].get(key), new["sources"].get(key)
-        if before != after:
-            reasons.append(
-                f"source {key} " + ("is new" if before is None else "is gone" if after is None else "changed")
-            )
-    for key in sorted({*old["upstreams"], *new["upstreams"]}):
-        if old["upstreams"].get(key) != new["upstreams"].get(key):
-            reasons.append(f"upstream {key} changed")
+    for kind, name in (("sources", "source "), ("upstreams", "upstream ")):
+        for key in sorted({*old[kind], *new[kind]}):
+            before, after = old[kind].get(key), new[kind].get(key)
+            if before != after:
+                change = "is new" if before is None else "is gone" if after is None else "changed"
+                reasons.append(f"{name}{key} {change}")
     for key in sorted({*old["tools"], *new["tools"]}):
         before, after = old["tools"].get(key), new["tools"].get(key)
         if before != after:
-            reasons.append(f"{key} {before} -> {after}")
+            reasons.append(f"{key} {shown(before)} -> {shown(after)}")
     if old["code_version"] != new["code_version"]:
         reasons.append(f"code version {old['code_version']} -> {new['code_version']}")
     return reasons

@@ -81,6 +81,10 @@ def materialise(
         artifact = make_plan(recipe, project, store)[asset].artifact
         if artifact is not None and artifact.fingerprint == wanted.hex and not force:
             return _done(store, artifact)
+        for name, used in inputs.items():
+            # found before the lock was held, which is what keeps a collection from removing them
+            if not used.path.is_dir():
+                raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed meanwhile", "run again")
         started = time.monotonic()
         previous = store.current(recipe.name, asset)
         if previous is not None and (force or previous.damage(store.digests) is not None):
@@ -89,7 +93,7 @@ def materialise(
         record = {
             "seed": recipe.train.seed,
             "seconds": round(time.monotonic() - started, 1),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "libraries": {name: metadata.version(name) for name in RECORDED},
             "inputs": {name: used.fingerprint for name, used in inputs.items()},
         }

@@ -23,13 +23,15 @@ State = Literal["fresh", "stale", "missing", "maybe"]
 class Planned:
     """One asset's state: `maybe` means that an upstream will run and may come out as it was.
 
-    `artifact` is what is published for the wanted fingerprint, whole and in place: set exactly when fresh.
+    `artifact` is what is published for the wanted fingerprint, whole and in place: set exactly when fresh. `wanted` is
+    that fingerprint, known as soon as every upstream is fresh.
     """
 
     asset: str
     state: State
     reasons: tuple[str, ...]
     artifact: Artifact | None = None
+    wanted: str | None = None
 
 
 def open_store(project: Project) -> ArtifactStore:
@@ -75,11 +77,12 @@ def _judge(node: Node, recipe: Recipe, project: Project, store: ArtifactStore, p
             serving_problem(artifact.metrics, project.ollama_models) if node.name == "ollama_model" else None
         )
         if damage is None:
-            return Planned(node.name, "fresh", (), artifact)
-        return Planned(node.name, "stale", (damage,))
+            return Planned(node.name, "fresh", (), artifact, wanted.hex)
+        return Planned(node.name, "stale", (damage,), wanted=wanted.hex)
     if last is None:
-        return Planned(node.name, "missing", ("never made",))
-    return Planned(node.name, "stale", tuple(differences(last.manifest["ingredients"], wanted.ingredients, recipe)))
+        return Planned(node.name, "missing", ("never made",), wanted=wanted.hex)
+    reasons = tuple(differences(last.manifest["ingredients"], wanted.ingredients, recipe))
+    return Planned(node.name, "stale", reasons, wanted=wanted.hex)
 
 
 def _artifact(plan: Mapping[str, Planned], asset: str) -> Artifact:

@@ -73,9 +73,12 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
 
 def digest(host: str, name: str) -> str | None:
     """The manifest digest of a model on the server, or None where it has none of that name."""
-    wanted = name if ":" in name else f"{name}:latest"
-    models = _get(host, "/api/tags", 10.0).get("models") or []
-    return next((model["digest"] for model in models if model["name"] == wanted), None)
+    return digests(host).get(name if ":" in name else f"{name}:latest")
+
+
+def digests(host: str) -> dict[str, str]:
+    """The manifest digests of all models on the server, by name and tag."""
+    return {model["name"]: model["digest"] for model in _get(host, "/api/tags", 10.0).get("models") or []}
 
 
 def create(

@@ -16,14 +16,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.errors import BadInput
 from finetune_assets.export.gguf_file import FILE_TYPES, read_head
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 IMAGE = "application/vnd.ollama.image."
 CONFIG = "application/vnd.docker.container.image.v1+json"
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+BLOB_NAME = len("sha256-") + 64
+PARTIAL = "partial-"  # begins the names of files that are being written
 FILE_TYPE_NAMES = {number: kind.upper() for kind, number in FILE_TYPES.items()}  # Ollama's: Q4_K_M
 
 
@@ -109,6 +114,29 @@ def read(models_dir: Path, name: str) -> str | None:
     return hashlib.sha256(manifest).hexdigest()
 
 
+def lock(models_dir: Path) -> FileLock:
+    """The lock, not yet taken, of whoever writes a model or removes blobs: new blobs have no manifest yet."""
+    from filelock import FileLock
+
+    return FileLock(models_dir / ".lock")
+
+
+def digests(models_dir: Path) -> set[str]:
+    """The digests of all models in the store."""
+    return {hashlib.sha256(path.read_bytes()).hexdigest() for path in _manifests(models_dir)}
+
+
+def unreferenced(models_dir: Path) -> list[Path]:
+    """Blobs that no manifest names, and what killed writers left. Ask with the lock held."""
+    blobs, named = models_dir / "blobs", set()
+    for path in _manifests(models_dir):
+        named |= {f"sha256-{found.decode()}" for found in re.findall(rb"sha256[:-]([0-9a-f]{64})", path.read_bytes())}
+    # a server's unfinished downloads have longer names; it takes them up again
+    loose = [path for path in blobs.glob("sha256-*") if len(path.name) == BLOB_NAME and path.name not in named]
+    left = [*blobs.glob(f"{PARTIAL}*"), *(models_dir / "manifests").rglob(f"{PARTIAL}*")]
+    return sorted([*loose, *left])
+
+
 def manifest_path(models_dir: Path, name: str) -> Path:
     """Where a model's manifest lies. BadInput for what is no model name."""
     path, _, tag = name.partition(":")
@@ -143,6 +171,11 @@ def human_number(count: int) -> str:
     return f"{count / 1e3:.0f}K" if count >= 1000 else str(count)
 
 
+def _manifests(models_dir: Path) -> list[Path]:
+    files = (path for path in (models_dir / "manifests").rglob("*") if path.is_file())
+    return [path for path in files if not path.name.startswith(PARTIAL)]
+
+
 def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Sorted by name, whole numbers without a decimal point: as Go writes a map."""
     whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in parameters.items()}
@@ -170,7 +203,7 @@ def _link(blobs: Path, file: Path) -> tuple[str, int]:
     digest, size = f"sha256:{file_sha256(file)}", file.stat().st_size
     blob = _blob(blobs, digest)
     if not _complete(blob, size):
-        with tempfile.TemporaryDirectory(dir=blobs, prefix="partial-") as staging:
+        with tempfile.TemporaryDirectory(dir=blobs, prefix=PARTIAL) as staging:
             link = Path(staging) / blob.name
             try:
                 os.link(file, link)
@@ -185,7 +218,7 @@ def _complete(blob: Path, size: int) -> bool:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix="partial-")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     with os.fdopen(handle, "wb") as out:
         out.write(data)
         out.flush()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.errors import FinetuneError
+from finetune_assets.errors import FinetuneError, StepFailed
 from finetune_assets.export import ollama_server, ollama_store
 from finetune_assets.recipe import OllamaSection
 
@@ -32,8 +32,8 @@ def publish(
         models: our own Ollama model store.
 
     Returns:
-        name, digest (of the Ollama manifest), where ("server" or "store"), place (host or folder), the Modelfile's
-        text, notes on what the TEMPLATE cannot do, and the commands that talk to the model.
+        name, file (of the weights), template, system, parameters, the Modelfile's text, notes on what the TEMPLATE
+        cannot do, and what `serve` says.
 
     Raises:
         StepFailed: no faithful TEMPLATE can be derived from the chat template, or the server fails.
@@ -45,6 +45,36 @@ def publish(
     template = from_gguf(gguf)
     options = parameters(section, json.loads(chat.read_text(encoding="utf-8"))["stop"])
     text = modelfile(str(gguf), template=template.text, system=system, parameters=options)
+    facts = {
+        "name": section.name,
+        "file": gguf.name,
+        "template": template.text,
+        "system": system,
+        "parameters": options,
+        "notes": list(template.notes),
+        "modelfile": text,
+    }
+    place = serve(gguf, facts, models=models, progress=progress)
+    (out / "Modelfile").write_text(text, encoding="utf-8")
+    return {**facts, **place}
+
+
+def serve(
+    gguf: Path, facts: Mapping[str, Any], *, models: Path, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Put a model in place: on the server that answers, else in our own store.
+
+    Args:
+        facts: name, template, system and parameters, as in what `publish` returns.
+
+    Returns:
+        digest (of the Ollama manifest), where ("server" or "store"), place (host or folder), and the commands that
+        talk to the model.
+
+    Raises:
+        StepFailed: the server fails, or serves something else than was asked for.
+    """
+    name, system = facts["name"], facts["system"]
     host = ollama_server.configured_host()
     if ollama_server.answers(host) is not None:
         from finetune_assets.chat.engines import prompt_tokens
@@ -52,30 +82,52 @@ def publish(
         opening = [{"role": "system", "content": system}] if system else []
         made = ollama_server.create(
             host,
-            section.name,
+            name,
             gguf,
-            template=template.text,
+            template=facts["template"],
             system=system,
-            parameters=options,
+            parameters=facts["parameters"],
             probe_tokens=prompt_tokens(gguf, [*opening, *ollama_server.QUESTION]),
             progress=lambda line: progress({"event": "message", "text": line}),
         )
-        where, place, commands = "server", host, [f"ollama run {section.name}"]
+        where, place, commands = "server", host, [f"ollama run {name}"]
     else:
         models.mkdir(parents=True, exist_ok=True)
-        made = ollama_store.write(models, section.name, gguf, template=template.text, system=system, parameters=options)
+        with ollama_store.lock(models):
+            made = ollama_store.write(
+                models, name, gguf, template=facts["template"], system=system, parameters=facts["parameters"]
+            )
         where, place = "store", str(models)
-        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {section.name}"]
-    (out / "Modelfile").write_text(text, encoding="utf-8")
-    return {
-        "name": section.name,
-        "digest": made.digest,
-        "where": where,
-        "place": place,
-        "notes": list(template.notes),
-        "modelfile": text,
-        "commands": commands,
-    }
+        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {name}"]
+    return {"digest": made.digest, "where": where, "place": place, "commands": commands}
+
+
+def served_digests(name: str, models: Path) -> set[str]:
+    """The digests under which a model of this name is served now: by the server that answers, and by our own store.
+
+    Raises:
+        StepFailed: something answers that is no Ollama server.
+        OSError: the server answers no longer.
+    """
+    host = ollama_server.configured_host()
+    there = ollama_server.digest(host, name) if ollama_server.answers(host) is not None else None
+    return {found for found in (there, ollama_store.read(models, name)) if found is not None}
+
+
+def unused_blobs(models: Path) -> list[Path]:
+    """Files in our own store that belong to no model, to be removed with the store's lock held.
+
+    Raises:
+        StepFailed: a running server may be using the store; it may just be taking in a model.
+        OSError: the server answers no longer.
+    """
+    host = ollama_server.configured_host()
+    # a server over our store lists our models, and no others
+    if ollama_server.answers(host) is not None and (
+        set(ollama_server.digests(host).values()) <= ollama_store.digests(models)
+    ):
+        raise StepFailed(f"the Ollama server at {host} may be running over this store")
+    return ollama_store.unreferenced(models)
 
 
 def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:

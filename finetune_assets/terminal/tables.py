@@ -34,12 +34,17 @@ def plan_tree(recipe: str, plan: Mapping[str, Planned]) -> Tree:
     for item in plan.values():
         upstreams = NODES[item.asset].upstreams
         parent = branches[upstreams[-1].asset] if upstreams else tree
-        line = Text(item.asset)
-        line.append(f"  {item.state}", style=STATE_STYLES[item.state])
-        if item.reasons:
-            line.append("  " + "; ".join(item.reasons), style="dim")
-        branches[item.asset] = parent.add(line)
+        branches[item.asset] = parent.add(planned_line(item))
     return tree
+
+
+def planned_line(item: Planned) -> Text:
+    """An asset, its state, and the reasons."""
+    line = Text(item.asset)
+    line.append(f"  {item.state}", style=STATE_STYLES[item.state])
+    if item.reasons:
+        line.append("  " + "; ".join(item.reasons), style="dim")
+    return line
 
 
 def known_artifacts(recipe: Recipe, plan: Mapping[str, Planned], store: ArtifactStore) -> dict[str, Artifact]:
@@ -67,8 +72,7 @@ def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
     for column in ("asset", "size", "where"):
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for name, artifact in artifacts.items():
-        size = sum(record["size"] for record in artifact.manifest["files"].values())
-        table.add_row(name, human_size(size), short_path(artifact.path))
+        table.add_row(name, human_size(artifact.size), short_path(artifact.path))
     return table
 
 
@@ -96,6 +100,11 @@ def checks_table(checks: list[Check]) -> Table:
 def short_path(path: Path) -> str:
     """The path as one would type it here."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def moment(created: str) -> str:
+    """A manifest's time as people write it: `2026-11-22 15:45 UTC`."""
+    return f"{created[:10]} {created[11:16]} UTC"
 
 
 def human_size(size: float) -> str:
