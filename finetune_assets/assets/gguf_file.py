@@ -1,7 +1,9 @@
-"""gguf_file: the merged model in llama.cpp's format, one file for each type."""
+"""gguf_file: the merged model in llama.cpp's format, one file for each type, each proven to be that model."""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,42 +14,98 @@ import dagster as dg
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf_types import make_gguf
+from finetune_assets.export.parity import CHECKS, Figures, prove
+from finetune_assets.export.parity_picture import draw
 from finetune_assets.materialise import Step
+
+PICTURE = "size_and_kl.png"
+# What of the fingerprint decides a file's bytes; all of it decides how the file compares with the merged model.
+DECIDES_BYTES = {"upstreams": ("merged_model",), "tools": ("converter", "libgguf")}
 
 
 def build(step: Step) -> Made:
-    merged = step.inputs["merged_model"].path
+    merged, gguf = step.inputs["merged_model"].path, step.recipe.gguf
     # whoever serves a file needs its stop tokens
     shutil.copyfile(merged / "chat.json", step.staging / "chat.json")
     facts = make_gguf(
         merged,
-        step.recipe.gguf.types,
+        gguf.types,
         step.staging,
         name=step.recipe.name,
         cache=step.project.cache,
         kept=_kept(step.previous, step.ingredients),
         progress=step.progress,
     )
-    return Made({"types": facts}, parts={kind: [entry["file"], "chat.json"] for kind, entry in facts.items()})
+    figures = prove(
+        {kind: step.staging / entry["file"] for kind, entry in facts.items()},
+        merged,
+        step.inputs["dataset_info"].path / "test.jsonl",
+        device=lambda: step.choose_device(False, False),
+        max_kl=gguf.max_kl,
+        recorded=_recorded(step.previous, step.ingredients),
+        trust_remote_code=step.recipe.model.trust_remote_code,
+        progress=step.progress,
+    )
+    parts = {kind: [entry["file"], "chat.json"] for kind, entry in facts.items()}
+    if len(facts) > 1:
+        draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind].kl) for kind in facts})
+    return Made(
+        {
+            "types": {kind: {**facts[kind], **dataclasses.asdict(figures[kind])} for kind in facts},
+            "checks": list(CHECKS),
+        },
+        parts=parts,
+        content=sorted({name for files in parts.values() for name in files}),
+    )
 
 
 def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Path]:
-    """The previous artifact's files, if all that differs from today's wishes is which types are wanted."""
+    """The previous artifact's files, if all that differs from today's wishes is which types are wanted, and why."""
+    if previous is None or _bytes_decided_by(previous.manifest["ingredients"]) != _bytes_decided_by(wanted):
+        return {}
+    return {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
+
+
+def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Figures]:
+    """The previous artifact's figures, if its files are kept and nothing else has changed that they depend on."""
     if previous is None:
         return {}
     made = previous.manifest["ingredients"]
     if any(made[key] != wanted[key] for key in wanted if key != "recipe"):
         return {}
-    return {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
+    names = [field.name for field in dataclasses.fields(Figures)]
+    return {kind: Figures(**{name: entry[name] for name in names}) for kind, entry in previous.metrics["types"].items()}
+
+
+def _bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    whole = {key: value for key, value in ingredients.items() if key not in ("recipe", *DECIDES_BYTES)}
+    return whole | {key: [ingredients[key].get(name) for name in names] for key, names in DECIDES_BYTES.items()}
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
-    rows = [{"type": kind, **entry} for kind, entry in artifact.metrics["types"].items()]
+    types = artifact.metrics["types"]
+    files = [f"llama-server -m {artifact.path / entry['file']}" for entry in types.values()]
+    page: dict[str, dg.MetadataValue] = {
+        "types": table([_row(kind, entry) for kind, entry in types.items()]),
+        "serve it": dg.MetadataValue.md("\n".join(["```", *files, "```"])),
+        "checks passed by each": dg.MetadataValue.text(", ".join(artifact.metrics["checks"])),
+    }
+    if (artifact.path / PICTURE).is_file():
+        picture = base64.b64encode((artifact.path / PICTURE).read_bytes()).decode()
+        page["size and divergence"] = dg.MetadataValue.md(f"![size and KL](data:image/png;base64,{picture})")
+    return page
+
+
+def _row(kind: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "types": table(rows),
-        "serve it": dg.MetadataValue.md(
-            "\n".join(["```", *(f"llama-server -m {artifact.path / row['file']}" for row in rows), "```"])
-        ),
+        "type": kind,
+        "file": entry["file"],
+        "MB": round(entry["bytes"] / 1e6, 1),
+        "KL (nats per token)": float(f"{entry['kl']:.3g}"),
+        "same favourite": f"{entry['top1']:.1%}",
+        "perplexity ratio": round(entry["ppl_ratio"], 4),
+        "tokens/s here": entry["tokens_per_second"],
+        "places compared": entry["points"],
     }
 
 
@@ -55,7 +113,9 @@ GGUF_FILE = StepAsset(
     name="gguf_file",
     description=(
         "The merged model in llama.cpp's format: converted once in full precision by llama.cpp's own converter, then "
-        "quantised to each type of the recipe. A type added later does not redo the others."
+        "quantised to each type of the recipe. Every file is run by llama.cpp on held-out conversations before it is "
+        "published: same token ids, same words around them, and next-token distributions as near to the merged "
+        "model's as its type allows (gguf.max_kl). A type added later does not redo the others."
     ),
     kinds={"gguf"},
     build=build,

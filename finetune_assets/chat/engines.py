@@ -120,7 +120,8 @@ class GgufEngine:
         params.warmup = False
         params.hostnames = ["127.0.0.1"]
         params.port = 0
-        params.api_keys = [secrets.token_urlsafe(32)]
+        self._key = secrets.token_urlsafe(32)
+        params.api_keys = [self._key]
         params.ui = False
         params.endpoint_slots = False
         params.cache_ram_mib = 0  # else up to 8 GiB of earlier prompts

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.ollama_store import Published
-from finetune_assets.packaged import file_sha256
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -110,7 +110,7 @@ def create(
     say = progress or (lambda line: None)
     client = Client(host=host, timeout=PATIENCE, trust_env=False)
     staging, production = f"{name}:{STAGING}", f"{name}:latest"
-    weights = f"sha256:{file_sha256(gguf)}"
+    weights = f"sha256:{digest_of_file(gguf)}"
     with _removed_at_the_end(client, staging):
         try:
             if not _has_blob(host, weights):

@@ -198,9 +198,9 @@ def _put(blobs: Path, data: bytes) -> tuple[str, int]:
 
 
 def _link(blobs: Path, file: Path) -> tuple[str, int]:
-    from finetune_assets.packaged import file_sha256
+    from finetune_assets.digests import digest_of_file
 
-    digest, size = f"sha256:{file_sha256(file)}", file.stat().st_size
+    digest, size = f"sha256:{digest_of_file(file)}", file.stat().st_size
     blob = _blob(blobs, digest)
     if not _complete(blob, size):
         with tempfile.TemporaryDirectory(dir=blobs, prefix=PARTIAL) as staging:

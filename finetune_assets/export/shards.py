@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,13 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the dtype it is stored in."""
         return self._handle(self.file_of[name]).get_tensor(name)
+
+    def rows(self, name: str, at: Sequence[int]) -> torch.Tensor:
+        """Some rows of a tensor, without reading the others; all of a vector."""
+        import torch
+
+        part = self._handle(self.file_of[name]).get_slice(name)
+        return torch.cat([part[row : row + 1] for row in at]) if len(part.get_shape()) > 1 else part[:]
 
     def _index(self, single: str) -> dict[str, str]:
         if (self.folder / single).is_file():
