@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -170,7 +170,8 @@ def test_a_gguf_file_answers_quietly_behind_a_key(
     assert answer(engine, question, 16) == "The capital of France is Paris."
     pieces = engine.stream(question, max_new_tokens=200)
     assert next(pieces) == "The"
-    pieces.close()  # type: ignore[attr-defined]
+    assert isinstance(pieces, Generator)
+    pieces.close()
     with pytest.raises(StepFailed, match="context holds 256"):
         answer(engine, [{"role": "user", "content": "word " * 300}])
     address = engine._server.listening_address

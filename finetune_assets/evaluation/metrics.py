@@ -51,6 +51,7 @@ def bleu4(answer: str, label: str) -> float:
         # It warns where no n-gram of some length matches, the very thing that the smoothing is for.
         warnings.simplefilter("ignore", UserWarning)
         smoothing = SmoothingFunction().method3
+        # nltk declares a tuple of weights for several BLEUs at once; with its defaults it gives one number
         return float(sentence_bleu([list(label)], list(answer), smoothing_function=smoothing))  # type: ignore[arg-type]
 
 
