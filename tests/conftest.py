@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from filelock import FileLock
 
 from finetune_assets import base_model
+from finetune_assets.device import Device, choose_device
 from finetune_assets.project import Project
 from finetune_assets.recipe_file import load_recipe
 
@@ -69,6 +71,22 @@ def tiny_base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread: in a tiny model several only get into each other's way."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Device:
+    return choose_device(kind="cpu")
 
 
 class MiniProject(Project):

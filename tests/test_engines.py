@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import threading
 from collections.abc import Generator, Iterator
@@ -12,32 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from finetune_assets.chat.decoding import load_chat, load_model
 from finetune_assets.chat.engines import Engine, GgufEngine, OllamaEngine, TransformersEngine, answer, is_loopback
 from finetune_assets.chat.template import encode_prompt
-from finetune_assets.device import Device, choose_device
+from finetune_assets.device import Device
 from finetune_assets.errors import StepFailed
 from finetune_assets.evaluation.generate import generate
+from tests.conftest import shared_cache
 from tests.evaluation_fixtures import tiny_adapter
 from tests.training_fixtures import tiny_base
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only get into each other's way in a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def cpu() -> Device:
-    return choose_device(kind="cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +150,7 @@ def test_a_gguf_file_answers_quietly_behind_a_key(
 
     from finetune_assets.export.converter import convert
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-assets"
-    convert(smollm2, tmp_path / "model.gguf", "f16", cache, name="model")
+    convert(smollm2, tmp_path / "model.gguf", "f16", shared_cache(), name="model")
     capfd.readouterr()
     engine = GgufEngine(tmp_path / "model.gguf", num_ctx=256)
     question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -35,14 +35,11 @@ WORDS = ("hello you", "a small, quiet house", "no man is an island", "the end of
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads only get into each other's way in a model this small: llama.cpp's wait for one another by spinning."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
+    """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune_assets.chat.engines._cores", lambda: 1)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
