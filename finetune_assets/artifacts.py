@@ -159,7 +159,7 @@ class ArtifactStore:
         pointer = artifact.path.parent / CURRENT
         try:
             if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
-                write_atomically(pointer, artifact.fingerprint + "\n")
+                write_atomically(pointer, f"{artifact.fingerprint}\n".encode())
         except OSError as error:
             if (failure := disk_trouble(error, pointer.parent, outcome="what was published stays")) is None:
                 raise
@@ -265,13 +265,17 @@ class ArtifactStore:
         shutil.rmtree(trash)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old content or the new, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Args:
+        prefix: begins the name of the file in the making, by which what a crash left is known; `.NAME-` if not given.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-" if prefix is None else prefix, dir=path.parent)
     temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -282,7 +286,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(folder / MANIFEST, text.encode())
 
 
 def _fsync(path: Path) -> None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dagster as dg
 
-from finetune_assets.assets.chain import broken_recipe, recipe_definitions
+from finetune_assets.assets.chain import bound, broken_recipe, recipe_definitions
 from finetune_assets.errors import BadInput
 from finetune_assets.project import Project
 from finetune_assets.recipe_file import load_recipe, recipe_files
-from resources.gpu import GpuResource
 
 
 def load_definitions(project: Project) -> dg.Definitions:
@@ -22,9 +21,7 @@ def load_definitions(project: Project) -> dg.Definitions:
             chains.append(recipe_definitions(load_recipe(path), project))
         except BadInput as error:
             chains.append(broken_recipe(path, error))
-    return dg.Definitions.merge(
-        *chains, dg.Definitions(resources={"gpu": GpuResource()}, executor=dg.in_process_executor)
-    )
+    return bound(*chains)
 
 
 defs = load_definitions(Project.find())

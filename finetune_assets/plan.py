@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_assets import base_model
-from finetune_assets.artifacts import Artifact, ArtifactStore, Fingerprint
+from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.data import snapshot
 from finetune_assets.digests import DigestCache
 from finetune_assets.export.serving import serving_problem
@@ -94,5 +94,5 @@ def _artifact(plan: Mapping[str, Planned], asset: str) -> Artifact:
 def _own_changes(last: Artifact, node: Node, recipe: Recipe, sources: Mapping[str, str]) -> list[str]:
     """Reasons that hold whatever the upstreams turn out to be."""
     old = last.manifest["ingredients"]
-    new = Fingerprint({**old, "recipe": recipe_values(node, recipe), "sources": dict(sources)}).ingredients
-    return differences(old, {**new, "code_version": node.code_version}, recipe)
+    own = {"recipe": recipe_values(node, recipe), "sources": sources, "code_version": node.code_version}
+    return differences(old, {**old, **own}, recipe)

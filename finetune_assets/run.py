@@ -28,16 +28,11 @@ def run_chain(
     """
     import dagster as dg
 
-    from finetune_assets.assets.chain import job_name, recipe_definitions
+    from finetune_assets.assets.chain import bound, job_name, recipe_definitions
     from finetune_assets.assets.step_asset import FORCE_TAG, asset_key
-    from resources.gpu import GpuResource
 
     os.environ["DAGSTER_HOME"] = str(project.home)
-    definitions = dg.Definitions.merge(
-        recipe_definitions(recipe, project),
-        dg.Definitions(resources={"gpu": GpuResource()}, executor=dg.in_process_executor),
-    )
-    job = definitions.resolve_job_def(job_name(recipe.name))
+    job = bound(recipe_definitions(recipe, project)).resolve_job_def(job_name(recipe.name))
     try:
         project.home.mkdir(parents=True, exist_ok=True)
         with dg.DagsterInstance.get() as instance, watching(watcher):

@@ -19,6 +19,7 @@ from finetune_assets.assets.step_asset import StepAsset, define
 from finetune_assets.errors import BadInput
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
+from resources.gpu import GpuResource
 
 STEPS: tuple[StepAsset, ...] = (
     RAW_DATASET,
@@ -56,6 +57,13 @@ def recipe_definitions(recipe: Recipe, project: Project) -> dg.Definitions:
             )
         )
     return dg.Definitions(assets=[define(step, recipe, project) for step in STEPS], jobs=[job], schedules=schedules)
+
+
+def bound(*chains: dg.Definitions) -> dg.Definitions:
+    """Chains with what they run on: the device, and this process (heavy work has processes of its own)."""
+    return dg.Definitions.merge(
+        *chains, dg.Definitions(resources={"gpu": GpuResource()}, executor=dg.in_process_executor)
+    )
 
 
 def broken_recipe(path: Path, error: BadInput) -> dg.Definitions:

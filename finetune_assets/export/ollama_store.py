@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.artifacts import write_atomically
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import BadInput
 from finetune_assets.export.gguf_file import FILE_TYPES, read_head
 
@@ -97,7 +99,7 @@ def write(
         }
     )
     place.parent.mkdir(parents=True, exist_ok=True)
-    _replace(place, manifest)
+    write_atomically(place, manifest, prefix=PARTIAL)
     return Published(name, hashlib.sha256(manifest).hexdigest(), layers_of(json.loads(manifest)))
 
 
@@ -193,13 +195,11 @@ def _blob(blobs: Path, digest: str) -> Path:
 def _put(blobs: Path, data: bytes) -> tuple[str, int]:
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     if not _complete(_blob(blobs, digest), len(data)):
-        _replace(_blob(blobs, digest), data)
+        write_atomically(_blob(blobs, digest), data, prefix=PARTIAL)
     return digest, len(data)
 
 
 def _link(blobs: Path, file: Path) -> tuple[str, int]:
-    from finetune_assets.digests import digest_of_file
-
     digest, size = f"sha256:{digest_of_file(file)}", file.stat().st_size
     blob = _blob(blobs, digest)
     if not _complete(blob, size):
@@ -215,13 +215,3 @@ def _link(blobs: Path, file: Path) -> tuple[str, int]:
 
 def _complete(blob: Path, size: int) -> bool:
     return blob.is_file() and blob.stat().st_size == size
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
-    with os.fdopen(handle, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    Path(temporary).chmod(0o644)
-    Path(temporary).replace(path)
