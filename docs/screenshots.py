@@ -38,8 +38,8 @@ def webserver(project: Path, home: Path) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port)],
-        cwd=project,
-        env={**os.environ, "DAGSTER_HOME": str(home)},
+        cwd=Path(__file__).resolve().parent.parent,
+        env={**os.environ, "FINETUNE_PROJECT": str(project), "DAGSTER_HOME": str(home)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -1,18 +1,21 @@
 """Published artifacts: folders that are whole or not there, each with a manifest of what made it.
 
 Layout: `<store>/<recipe>/<asset>/<fingerprint>/` with `manifest.json` inside; beside the artifacts of an asset lie
-`CURRENT` (the fingerprint last materialised), a lock file, and staging folders while something is being built.
+`CURRENT` (the fingerprint last materialised), a lock file, and staging folders while something is being built. What is
+none of ours counts as missing and is never deleted: where its place is needed it is renamed to `set-aside-...`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
+SET_ASIDE = "set-aside-"  # begins the names of strangers that stood in the way
 MANIFEST_VERSION = 1
+# What every manifest of ours holds beside its name.
+SHAPE = {"ingredients": dict, "data_version": str, "parts": dict, "files": dict, "metrics": dict, "inputs": dict}
 FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
 
 
@@ -98,6 +104,14 @@ class Artifact:
         return None
 
 
+@dataclass(frozen=True)
+class Stranger:
+    """Something in an artifact's place that is none of ours: why, in words, and the inputs that it names, if any."""
+
+    why: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Made:
     """What a step says of what it put into its staging folder.
@@ -125,14 +139,36 @@ class ArtifactStore:
 
     def get(self, recipe: str, asset: str, fingerprint: str) -> Artifact | None:
         """The artifact with this fingerprint, if it was published and its manifest can be understood."""
-        path = self.folder(recipe, asset) / fingerprint
+        found = self._look(recipe, asset, fingerprint)
+        return found if isinstance(found, Artifact) else None
+
+    def stranger(self, recipe: str, asset: str, name: str) -> Stranger | None:
+        """What lies under this name without being an artifact of ours, if anything does."""
+        found = self._look(recipe, asset, name)
+        return found if isinstance(found, Stranger) else None
+
+    def _look(self, recipe: str, asset: str, name: str) -> Artifact | Stranger | None:
+        path = self.folder(recipe, asset) / name
+        if not path.is_dir():
+            return Stranger("not an artifact") if os.path.lexists(path) else None
         try:
             manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": fingerprint}
-        if not isinstance(manifest, dict) or any(manifest.get(key) != value for key, value in wanted.items()):
-            return None
+        except FileNotFoundError:
+            return Stranger("it has no manifest")
+        except (OSError, ValueError, RecursionError):
+            return Stranger("its manifest cannot be read")
+        if not isinstance(manifest, dict):
+            return Stranger("its manifest is not ours")
+        version, inputs = manifest.get("version"), manifest.get("inputs")
+        named = {str(key): str(value) for key, value in inputs.items()} if isinstance(inputs, dict) else {}
+        if isinstance(version, int) and version > MANIFEST_VERSION:
+            return Stranger("made by a later release", named)
+        wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": name}
+        if any(manifest.get(key) != value for key, value in wanted.items()):
+            return Stranger("its manifest is not ours", named)
+        damaged = [key for key, kind in SHAPE.items() if not isinstance(manifest.get(key), kind)]
+        if damaged or _moment(manifest.get("created")) is None:
+            return Stranger(f"its manifest is damaged: no {[*damaged, 'created'][0]}", named)
         return Artifact(path, manifest)
 
     def published(self, recipe: str, asset: str) -> list[Artifact]:
@@ -144,11 +180,19 @@ class ArtifactStore:
 
     def current(self, recipe: str, asset: str) -> Artifact | None:
         """The artifact that was materialised last."""
-        try:
-            fingerprint = (self.folder(recipe, asset) / CURRENT).read_text(encoding="utf-8").strip()
-        except OSError:
+        fingerprint = _pointed_to(self.folder(recipe, asset) / CURRENT)
+        return self.get(recipe, asset, fingerprint) if fingerprint else None
+
+    def lost_current(self, recipe: str, asset: str) -> str | None:
+        """Why what was materialised last, if there is a record of it, is not there to go by."""
+        pointer = self.folder(recipe, asset) / CURRENT
+        fingerprint = _pointed_to(pointer)
+        if fingerprint is None:
+            return f"{CURRENT} is not ours" if os.path.lexists(pointer) else None
+        stranger = self._look(recipe, asset, fingerprint)
+        if isinstance(stranger, Artifact):
             return None
-        return self.get(recipe, asset, fingerprint)
+        return f"{fingerprint}: {stranger.why if stranger else 'it is gone'}"
 
     def make_current(self, artifact: Artifact) -> None:
         """Record that this artifact is what the asset was last materialised to.
@@ -158,7 +202,10 @@ class ArtifactStore:
         """
         pointer = artifact.path.parent / CURRENT
         try:
-            if not pointer.is_file() or pointer.read_text(encoding="utf-8").strip() != artifact.fingerprint:
+            fingerprint = _pointed_to(pointer)
+            if fingerprint is None and os.path.lexists(pointer):
+                _set_aside(pointer)
+            if fingerprint != artifact.fingerprint:
                 write_atomically(pointer, f"{artifact.fingerprint}\n".encode())
         except OSError as error:
             if (failure := disk_trouble(error, pointer.parent, outcome="what was published stays")) is None:
@@ -172,11 +219,31 @@ class ArtifactStore:
         return FileLock(self.folder(recipe, asset) / ".lock")
 
     @contextmanager
-    def building(self, recipe: str, asset: str, fingerprint: str) -> Iterator[Path]:
+    def _locked(self, recipe: str, asset: str, waits: Callable[[], None]) -> Iterator[None]:
+        from filelock import Timeout
+
+        lock = self.lock(recipe, asset)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waits()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def building(
+        self, recipe: str, asset: str, fingerprint: str, waits: Callable[[], None] = lambda: None
+    ) -> Iterator[Path]:
         """Hold the asset's lock and give an empty staging folder, removed at the end unless published.
 
         A second builder of the same asset waits here. Folders left by builders that were killed are swept first: the
         lock proves that nobody is at work in them.
+
+        Args:
+            waits: called when another builder is at work.
 
         Raises:
             StepFailed: the store cannot be written.
@@ -184,9 +251,9 @@ class ArtifactStore:
         folder = self.folder(recipe, asset)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self.lock(recipe, asset):
+            with self._locked(recipe, asset, waits):
                 for left in folder.glob(f"{STAGING}*"):
-                    shutil.rmtree(left, ignore_errors=True)
+                    discard(left)
                 staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{fingerprint}-", dir=folder))
                 staging.chmod(0o755)
                 try:
@@ -205,8 +272,11 @@ class ArtifactStore:
     ) -> Artifact:
         """Turn a staging folder into a published artifact, in one rename.
 
+        It is dated now, or right after what the asset has already, if the clock was set back: the order of the dates is
+        the order of publication. A stranger under its name is set aside. The caller holds the asset's lock.
+
         Args:
-            record: what else the manifest shall say (time, libraries, seed, ...).
+            record: what else the manifest shall say (libraries, seed, ...).
         """
         target = self.folder(recipe, asset) / fingerprint.hex
         files = {
@@ -230,18 +300,21 @@ class ArtifactStore:
             "files": files,
             "metrics": made.metrics,
             **record,
+            "created": self._next_date(recipe, asset),
         }
         for path in files_below(staging).values():
             _fsync(path)
         _write_manifest(staging, manifest)
         old = None
-        if target.exists():
+        if self.stranger(recipe, asset, fingerprint.hex) is not None:
+            _set_aside(target)
+        elif target.exists():
             old = target.with_name(f"{STAGING}replaced-{fingerprint.hex}")
             target.rename(old)
         staging.rename(target)
         _fsync(target.parent)
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            discard(old)
         return Artifact(target, manifest)
 
     def amend(self, artifact: Artifact, metrics: Mapping[str, Any]) -> Artifact:
@@ -256,13 +329,28 @@ class ArtifactStore:
         Killed before the end, this leaves a folder to be swept, and no artifact with half its files.
         """
         folder = artifact.path.parent
-        pointer = folder / CURRENT
-        if pointer.is_file() and pointer.read_text(encoding="utf-8").strip() == artifact.fingerprint:
-            pointer.unlink()
+        if _pointed_to(folder / CURRENT) == artifact.fingerprint:
+            (folder / CURRENT).unlink()
         trash = folder / f"{STAGING}removed-{artifact.fingerprint}"
         artifact.path.rename(trash)
         _fsync(folder)
         shutil.rmtree(trash)
+
+    def _next_date(self, recipe: str, asset: str) -> str:
+        now = datetime.now(UTC)
+        if made := self.published(recipe, asset):
+            last = _moment(made[-1].created)
+            assert last is not None
+            now = max(now, last + timedelta(milliseconds=1))
+        return now.isoformat(timespec="milliseconds")
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder as far as that can be done; of a link to one, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> None:
@@ -283,6 +371,32 @@ def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> N
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _pointed_to(pointer: Path) -> str | None:
+    """The fingerprint that a pointer names; None where it is not there, or not one of ours."""
+    try:
+        text = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return text if re.fullmatch(r"[0-9a-f]+", text) else None
+
+
+def _set_aside(path: Path) -> None:
+    """Rename what is none of ours: neither swept nor taken for an artifact, whoever looks."""
+    place, number = path.with_name(f"{SET_ASIDE}{path.name}"), 1
+    while os.path.lexists(place):
+        number += 1
+        place = path.with_name(f"{SET_ASIDE}{path.name}-{number}")
+    path.rename(place)
+
+
+def _moment(created: object) -> datetime | None:
+    """A manifest's date, UTC."""
+    try:
+        return datetime.fromisoformat(str(created)).astimezone(UTC)
+    except ValueError:
+        return None
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

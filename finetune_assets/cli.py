@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,7 +53,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Bring a recipe's assets up to date, through Dagster."""
-    from finetune_assets.terminal.live import LiveRun, duration
+    from finetune_assets.terminal.live import LiveRun
+    from finetune_assets.terminal.results import headline, print_results
 
     project, loaded = _load(recipe)
     targets = _assets(to or [])
@@ -66,51 +64,51 @@ def run(
     forced = set(targets or NODES) if force else set()
     todo = [name for name in NODES if name in forced or (name in wanted and plan[name].state != "fresh")]
     started = time.monotonic()
-    run_id = None
+    run_id, reused = None, []
     if todo:
         from finetune_assets.run import run_chain
 
         try:
             with LiveRun([name for name in NODES if name in wanted], todo) as live:
                 run_id = run_chain(loaded, project, todo, live.event, force=force)
+                reused = live.reused
         except KeyboardInterrupt:
             err.print("interrupted; what was published before stays, the rest was swept away")
             raise typer.Exit(130) from None
         plan = make_plan(loaded, project, store)
+    seconds = time.monotonic() - started
     artifacts = tables.known_artifacts(loaded, plan, store)
     if as_json:
         _print_json(
             {
                 "recipe": loaded.name,
                 "ran": todo,
+                "reused": reused,
                 "run_id": run_id,
-                "seconds": round(time.monotonic() - started, 1),
+                "seconds": round(seconds, 1),
                 "artifacts": tables.artifacts_json(artifacts),
             }
         )
         return
-    took = (
-        f"{len(todo)} assets materialised in {duration(time.monotonic() - started)}"
-        if todo
-        else "everything is up to date"
-    )
-    out.print(Text(f"{loaded.name}: {took}", style="bold"))
-    out.print(tables.artifacts_table(artifacts), "")
-    if "eval_metrics" in artifacts:
-        out.print(tables.metrics_table(artifacts["eval_metrics"].metrics), "")
-    if "ollama_model" in artifacts:
-        _next_commands(loaded, artifacts["ollama_model"].metrics)
+    out.print(Text(f"{loaded.name}: {headline(len(todo) - len(reused), len(reused), seconds)}", style="bold"))
+    print_results(out, loaded, artifacts)
 
 
 @app.command()
 def plan(recipe: RecipeArgument, as_json: Json = False) -> None:
-    """Say what a run would do, and why."""
+    """Say what a run would do, and why, and what it would take."""
+    from finetune_assets.estimate import costs, free_bytes, total
+
     project, loaded = _load(recipe)
-    made = make_plan(loaded, project, open_store(project))
+    store = open_store(project)
+    made = make_plan(loaded, project, store)
+    found = costs(loaded, project, made, store)
     if as_json:
-        _print_json(tables.plan_json(made))
-    else:
-        out.print(tables.plan_tree(loaded.name, made))
+        _print_json(tables.plan_json(made, found))
+        return
+    out.print(tables.plan_tree(loaded.name, made, found))
+    if found:
+        out.print(*tables.plan_total(total(made, found), free_bytes(project.store)), sep="\n", soft_wrap=True)
 
 
 @app.command()
@@ -281,20 +279,6 @@ def _assets(names: list[str]) -> list[str]:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _next_commands(recipe: Recipe, served: Mapping[str, Any]) -> None:
-    """What to try next, as it can be typed here: with the program's path where it is not on the PATH."""
-    program = "finetune" if shutil.which("finetune") else tables.short_path(Path(sys.argv[0]))
-    commands = [
-        f'{program} chat {recipe.name} --with base -m "Who are you?"',
-        f'{program} chat {recipe.name} --with gguf -m "Who are you?"',
-        *served["commands"],
-        "make ui   # http://127.0.0.1:3000",
-    ]
-    out.print(Text("Try next", style="bold"))
-    for command in commands:
-        out.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune_assets.artifacts import Artifact, Fingerprint
@@ -19,20 +19,22 @@ def fingerprint(
         upstreams: the artifact of every upstream asset.
         sources: digests of what the asset reads from outside the lineage.
     """
-    return Fingerprint(
-        {
-            "asset": node.name,
-            "code_version": node.code_version,
-            "recipe": recipe_values(node, recipe),
-            "sources": dict(sources),
-            "upstreams": {
-                f"{up.asset}/{part}" if part else up.asset: version
-                for up in node.upstreams
-                for part, version in _versions(upstreams[up.asset], up.parts(recipe) if up.parts else None)
-            },
-            "tools": dict(node.tools()),
-        }
-    )
+    versions = {
+        f"{up.asset}/{part}" if part else up.asset: version
+        for up in node.upstreams
+        for part, version in _versions(upstreams[up.asset], up.parts(recipe) if up.parts else None)
+    }
+    return Fingerprint({"asset": node.name, "upstreams": versions, **own_ingredients(node, recipe, sources)})
+
+
+def own_ingredients(node: Node, recipe: Recipe, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What a fingerprint is made of beside the upstreams' content."""
+    return {
+        "code_version": node.code_version,
+        "recipe": recipe_values(node, recipe),
+        "sources": dict(sources),
+        "tools": dict(node.tools()),
+    }
 
 
 def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
@@ -57,25 +59,31 @@ def default(section: Section, field: str) -> Any:
     return type(section).model_fields[field].get_default(call_default_factory=True)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """In words, what distinguishes two fingerprints' ingredients: `train.learning_rate 5e-05 -> 0.0001`."""
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    recipe: Recipe,
+    look: Callable[[str, str], str | None] = lambda kind, key: None,
+) -> list[str]:
+    """In words, what distinguishes two fingerprints' ingredients: `train.learning_rate 5e-05 -> 0.0001`.
+
+    Args:
+        look: ("sources" or "upstreams", key) -> what changed inside, in words, if that can be told.
+    """
     reasons: list[str] = []
-    for key in sorted({*old["recipe"], *new["recipe"]}):
-        before, after = (values["recipe"].get(key, _default_of(key, recipe)) for values in (old, new))
-        if before != after:
-            reasons.append(f"{key} {shown(before)} -> {shown(after)}")
-    for kind, name in (("sources", "source "), ("upstreams", "upstream ")):
-        for key in sorted({*old[kind], *new[kind]}):
-            before, after = old[kind].get(key), new[kind].get(key)
-            if before != after:
-                change = "is new" if before is None else "is gone" if after is None else "changed"
-                reasons.append(f"{name}{key} {change}")
-    for key in sorted({*old["tools"], *new["tools"]}):
-        before, after = old["tools"].get(key), new["tools"].get(key)
-        if before != after:
-            reasons.append(f"{key} {shown(before)} -> {shown(after)}")
-    if old["code_version"] != new["code_version"]:
-        reasons.append(f"code version {old['code_version']} -> {new['code_version']}")
+    for key, before, after in _changed(old, new, "recipe", lambda key: _default_of(key, recipe)):
+        reasons.append(f"{key} {shown(before)} -> {shown(after)}")
+    for kind, name in (("sources", "source"), ("upstreams", "upstream")):
+        for key, before, after in _changed(old, new, kind):
+            if before is None or after is None:
+                reasons.append(f"{name} {key} is {'new' if before is None else 'gone'}")
+            else:
+                inside = look(kind, key)
+                reasons.append(f"{name} {key}: {inside}" if inside else f"{name} {key} changed")
+    for key, before, after in _changed(old, new, "tools"):
+        reasons.append(f"{key} {'not on record' if before is None else before} -> {after or 'of no account'}")
+    if old.get("code_version") != new["code_version"]:
+        reasons.append(f"code version {old.get('code_version')} -> {new['code_version']}")
     return reasons
 
 
@@ -95,6 +103,15 @@ def _versions(artifact: Artifact, parts: tuple[str, ...] | None) -> list[tuple[s
     if parts is None:
         return [("", artifact.data_version)]
     return [(part, artifact.part_version(part)) for part in parts]
+
+
+def _changed(
+    old: Mapping[str, Any], new: Mapping[str, Any], kind: str, absent: Callable[[str], Any] = lambda key: None
+) -> list[tuple[str, Any, Any]]:
+    """Key, value before and value after, of the ingredients of one kind that differ."""
+    both = old.get(kind, {}), new[kind]
+    found = [(key, *(values.get(key, absent(key)) for values in both)) for key in sorted({*both[0], *both[1]})]
+    return [(key, before, after) for key, before, after in found if before != after]
 
 
 def _default_of(key: str, recipe: Recipe) -> Any:

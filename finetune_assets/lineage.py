@@ -1,7 +1,8 @@
 """The graph: which assets there are, what each one reads, and what therefore makes it out of date.
 
 An asset's fingerprint covers exactly what is named here. A new version of a step's code that changes what it makes
-gets a new `code_version`.
+gets a new `code_version`; a new version of a library counts where it decides what is made, and not where it merely
+rounds otherwise (docs/identity.md has the table; every manifest records the full versions).
 """
 
 from __future__ import annotations
@@ -38,9 +39,19 @@ class Node:
     code_version: str = "1"
 
 
+def _exactly(*packages: str) -> dict[str, str]:
+    return {name: metadata.version(name) for name in packages}
+
+
+def _minor(*packages: str) -> dict[str, str]:
+    """Major and minor version: patch releases, and builds for other devices, do not count."""
+    return {name: ".".join(version.split(".")[:2]) for name, version in _exactly(*packages).items()}
+
+
 NODES: dict[str, Node] = {
     node.name: node
     for node in (
+        # this and the next one need Python alone (json, hashes), which gives the same in every version
         Node("raw_dataset", reads=("dataset.dataset", "dataset.dataset_dir")),
         Node(
             "dataset_info",
@@ -54,6 +65,7 @@ NODES: dict[str, Node] = {
             ),
             upstreams=(Upstream("raw_dataset"),),
         ),
+        # files as they came, or quantised weights spelt out, which transformers has but one way to do
         Node(
             "base_model",
             reads=("model.model_name_or_path", "model.model_revision", "model.model_sha256", "model.trust_remote_code"),
@@ -62,6 +74,9 @@ NODES: dict[str, Node] = {
             "lora_adapter",
             reads=("train", "model.template", "model.default_system", "model.trust_remote_code"),
             upstreams=(Upstream("dataset_info", lambda _: ("train", "validation")), Upstream("base_model")),
+            # torch: random numbers and the optimiser; transformers: batches, schedule and the model's code; trl: the
+            # loss, and every setting that we leave alone; peft: what an adapter starts as and how it is scaled
+            tools=lambda: _minor("torch", "transformers", "peft", "trl"),
         ),
         Node(
             "eval_metrics",
@@ -71,9 +86,11 @@ NODES: dict[str, Node] = {
                 Upstream("base_model"),
                 Upstream("lora_adapter"),
             ),
-            # the segmenter and the smoothing decide the scores
-            tools=lambda: {name: metadata.version(name) for name in ("jieba", "nltk")},
+            # the segmenter and the smoothing decide the scores; the same weights answer alike in any torch, and an
+            # adapter trained by another one is another upstream
+            tools=lambda: _exactly("jieba", "nltk"),
         ),
+        # additions and products of our own in float32: torch rounds them
         Node("merged_model", reads=("export",), upstreams=(Upstream("base_model"), Upstream("lora_adapter"))),
         Node(
             "gguf_file",
@@ -81,12 +98,10 @@ NODES: dict[str, Node] = {
             # the test rows are what files and merged model are compared by
             upstreams=(Upstream("dataset_info", lambda _: ("test",)), Upstream("merged_model")),
             # the converter lays out tensors and metadata, libgguf rounds, llama.cpp (xllamacpp) computes
-            tools=lambda: {
-                "converter": converter_version(),
-                **{name: metadata.version(name) for name in ("libgguf", "xllamacpp")},
-            },
+            tools=lambda: {"converter": converter_version(), **_exactly("libgguf", "xllamacpp")},
             code_version="2",
         ),
+        # what the server makes of it has a digest, which the plan asks for
         Node(
             "ollama_model",
             reads=("ollama", "model.default_system"),

@@ -5,23 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore, Made
-from finetune_assets.device import Device, choose_device
 from finetune_assets.errors import StepFailed
 from finetune_assets.identity import fingerprint
 from finetune_assets.lineage import NODES
-from finetune_assets.plan import Planned, make_plan, open_store, sources_of
+from finetune_assets.plan import Planned, make_plan, open_store, sources_of, trouble
+from finetune_assets.process import launch as process
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
-ChooseDevice = Callable[[bool | None, bool | None], Device]
-RECORDED = ("dagster", "finetune-assets", "gguf", "libgguf", "nltk", "peft", "torch", "transformers", "trl")
+Launch = Callable[[dict[str, Any], Progress], dict[str, Any]]
+RECORDED = (
+    *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "libgguf", "nltk"),
+    *("peft", "torch", "transformers", "trl", "xllamacpp"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Step:
         previous: the artifact this asset was last materialised to if it is whole, for parts that can be kept.
         ingredients: those of the fingerprint of what is being made.
         progress: tells whoever watches how it goes.
-        choose_device: (bf16, fp16) -> the device to compute on.
+        launch: does a job in a process of its own and returns its report; see `process.worker` for the jobs.
     """
 
     recipe: Recipe
@@ -44,14 +46,15 @@ class Step:
     previous: Artifact | None
     ingredients: Mapping[str, Any]
     progress: Progress
-    choose_device: ChooseDevice
+    launch: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A published artifact, and whether it was there already."""
+    """A published artifact, the upstream artifacts that it is made of, and whether it was there already."""
 
     artifact: Artifact
+    inputs: Mapping[str, Artifact]
     reused: bool
 
 
@@ -62,25 +65,29 @@ def materialise(
     body: Callable[[Step], Made],
     progress: Progress,
     *,
-    choose_device: ChooseDevice = choose_device,
+    launch: Launch = process.run,
     force: bool = False,
 ) -> Outcome:
     """Make the asset's artifact unless it is published and whole, and record it as the current one.
+
+    Args:
+        launch: does jobs of the body in a process of their own, and passes on their events.
 
     Raises:
         StepFailed: an upstream was never made, or the body failed; nothing is published then.
     """
     node, store = NODES[asset], open_store(project)
-    plan = make_plan(recipe, project, store)
-    if plan[asset].artifact is not None and not force:
-        return _done(store, plan[asset].artifact)
+    plan = make_plan(recipe, project, store, upto=asset)
     inputs = {up.asset: _input(up.asset, plan, recipe, store) for up in node.upstreams}
+    if (artifact := plan[asset].artifact) is not None and not force:
+        return _done(store, artifact, inputs)
     wanted = fingerprint(node, recipe, inputs, sources_of(node, recipe, project, store.digests))
-    with store.building(recipe.name, asset, wanted.hex) as staging:
-        # another run may have published it while this one waited for the lock
-        artifact = make_plan(recipe, project, store)[asset].artifact
-        if artifact is not None and artifact.fingerprint == wanted.hex and not force:
-            return _done(store, artifact)
+    waiting = {"event": "message", "text": f"waits for another run that is making {recipe.name}/{asset}"}
+    with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
+        # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
+        artifact = store.get(recipe.name, asset, wanted.hex)
+        if artifact is not None and not force and trouble(artifact, project, store.digests) is None:
+            return _done(store, artifact, inputs)
         for name, used in inputs.items():
             # found before the lock was held, which is what keeps a collection from removing them
             if not used.path.is_dir():
@@ -89,23 +96,24 @@ def materialise(
         previous = store.current(recipe.name, asset)
         if previous is not None and (force or previous.damage(store.digests) is not None):
             previous = None
-        made = body(Step(recipe, project, inputs, staging, previous, wanted.ingredients, progress, choose_device))
+        step = Step(
+            recipe, project, inputs, staging, previous, wanted.ingredients, progress, lambda job: launch(job, progress)
+        )
+        made = body(step)
         record = {
             "seed": recipe.train.seed,
             "seconds": round(time.monotonic() - started, 1),
-            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "libraries": {name: metadata.version(name) for name in RECORDED},
             "inputs": {name: used.fingerprint for name, used in inputs.items()},
         }
         artifact = store.publish(staging, recipe.name, asset, wanted, made, record)
         store.make_current(artifact)
-        return Outcome(artifact, reused=False)
+        return Outcome(artifact, inputs, reused=False)
 
 
-def _done(store: ArtifactStore, artifact: Artifact | None) -> Outcome:
-    assert artifact is not None
+def _done(store: ArtifactStore, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Outcome:
     store.make_current(artifact)
-    return Outcome(artifact, reused=True)
+    return Outcome(artifact, inputs, reused=True)
 
 
 def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: ArtifactStore) -> Artifact:

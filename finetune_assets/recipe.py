@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
+from zoneinfo import ZoneInfo
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +18,7 @@ GGUF_TYPES = (
     *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
     *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
+DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
 RECIPE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")
 
 # YAML 1.1 reads an unquoted `no` as false; Hugging Face's strategy names use the word.
@@ -185,8 +187,26 @@ class OllamaSection(Section):
 class ScheduleSection(Section):
     """When the recipe runs by itself."""
 
+    on_change: bool = Field(default=False, description="Run when what the recipe reads has changed: the retrain sensor")
+    minimum_interval_seconds: int = Field(default=30, ge=1, description="How often the sensor looks")
     cron: str | None = Field(default=None, description="Five fields, e.g. '0 3 * * *'; none: only when asked")
-    execution_timezone: str = "UTC"
+    execution_timezone: str = Field(default="UTC", description="Of cron, e.g. Asia/Shanghai")
+
+    @field_validator("cron")
+    @classmethod
+    def _five_fields(cls, cron: str | None) -> str | None:
+        if cron is not None and not re.fullmatch(r"[\dA-Za-z*,/#-]+( +[\dA-Za-z*,/#-]+){4}", cron):
+            raise ValueError(f"{cron!r} is no cron expression: minute, hour, day, month and weekday, as in '0 3 * * *'")
+        return cron
+
+    @field_validator("execution_timezone")
+    @classmethod
+    def _known_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ValueError, OSError, LookupError):
+            raise ValueError(f"unknown time zone {name!r}: take one of the IANA's names, as Europe/Berlin") from None
+        return name
 
 
 class Recipe(Section):

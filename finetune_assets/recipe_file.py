@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune_assets.errors import BadInput
-from finetune_assets.recipe import RECIPE_NAME, Recipe, did_you_mean
+from finetune_assets.recipe import DATASETS, RECIPE_NAME, Recipe, did_you_mean
 
 Path_ = tuple[str | int, ...]
 
@@ -69,6 +69,8 @@ def load_recipe(path: Path) -> Recipe:
     name = path.stem
     if not RECIPE_NAME.fullmatch(name):
         problems.append((1, f"the file's name {name!r} names the asset group: use letters, digits and '_' only"))
+    if name == DATASETS:
+        problems.append((1, f"the name {name!r} is taken by the group of the data sets: rename the file"))
     if "name" in loaded:
         problems.append((lines[("name",)], "name: a recipe is named by its file; remove this key"))
     recipe = None

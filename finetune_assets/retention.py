@@ -7,7 +7,6 @@ judged and cleared, so that nothing is built from what is going.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from finetune_assets.artifacts import CURRENT, MANIFEST, MANIFEST_VERSION, STAGING, Artifact, ArtifactStore
+from finetune_assets.artifacts import CURRENT, STAGING, Artifact, ArtifactStore
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError
 from finetune_assets.export import ollama_store
@@ -69,9 +68,9 @@ class Collection:
     def weigh(self, path: Path) -> int:
         """The bytes of a file or folder that is about to go."""
         total = 0
-        for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        for file in [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]:
             stat = file.lstat()
-            if not file.is_dir():
+            if file.is_symlink() or not file.is_dir():
                 total += stat.st_size
                 left, _ = self.links.get((stat.st_dev, stat.st_ino), (stat.st_nlink, 0))
                 self.links[stat.st_dev, stat.st_ino] = (left - 1, stat.st_size)
@@ -272,7 +271,7 @@ def _sweep(folder: Path, recipe: str, dry_run: bool, done: Collection) -> None:
     for path in sorted(folder.glob(f"{STAGING}*")):
         done.removed.append(Removed("staging", path, done.weigh(path), recipe))
         if not dry_run:
-            shutil.rmtree(path)
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
     for path in sorted(folder.glob(f".{CURRENT}-*")):
         if time.time() - path.stat().st_mtime > ORPHAN_AGE:
             done.removed.append(Removed("temporary", path, done.weigh(path), recipe))
@@ -285,22 +284,14 @@ def _strangers(
 ) -> None:
     """What is not ours stays, and so do the inputs that it names."""
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == CURRENT or store.get(recipe, asset, path.name) is not None:
+        if path.name.startswith(".") or path.name == CURRENT:
             continue
-        why = "not an artifact"
-        if path.is_dir():
-            try:
-                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-                version, inputs = manifest.get("version"), manifest.get("inputs")
-                newer = isinstance(version, int) and version > MANIFEST_VERSION
-                why = "made by a later release" if newer else "its manifest is not ours"
-                for key in inputs.items() if isinstance(inputs, dict) else ():
-                    roots.setdefault(key, []).append(f"input of {asset} {path.name[:8]}")
-            except FileNotFoundError:
-                why = "it has no manifest"
-            except (OSError, ValueError, AttributeError):
-                why = "its manifest cannot be read"
-        done.left_alone.append((path, why))
+        if (stranger := store.stranger(recipe, asset, path.name)) is not None:
+            done.left_alone.append((path, stranger.why))
+            for key in stranger.inputs.items():
+                roots.setdefault(key, []).append(f"input of {asset} {path.name[:8]}")
+    if (lost := store.lost_current(recipe, asset)) is not None:
+        done.left_alone.append((folder / CURRENT, lost))
 
 
 def _collect_blobs(models: Path, dry_run: bool, done: Collection) -> None:

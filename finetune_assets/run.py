@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import StepFailed
+from finetune_assets.observed import observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from finetune_assets.watching import watching
@@ -28,20 +29,28 @@ def run_chain(
     """
     import dagster as dg
 
-    from finetune_assets.assets.chain import bound, job_name, recipe_definitions
-    from finetune_assets.assets.step_asset import FORCE_TAG, asset_key
+    from finetune_assets.assets.chain import bound, recipe_definitions
+    from finetune_assets.assets.events import news
+    from finetune_assets.assets.keys import asset_key, job_name
+    from finetune_assets.assets.step_asset import FORCE_TAG
+    from finetune_assets.assets.triggers import TARGET_TAG
+    from resources.dead_runs import end_dead_runs, this_process
 
     os.environ["DAGSTER_HOME"] = str(project.home)
     job = bound(recipe_definitions(recipe, project)).resolve_job_def(job_name(recipe.name))
+    tags = {TARGET_TAG: observe(recipe, project).target, **({FORCE_TAG: "true"} if force else {})}
     try:
         project.home.mkdir(parents=True, exist_ok=True)
         with dg.DagsterInstance.get() as instance, watching(watcher):
+            end_dead_runs(instance)
             result = job.execute_in_process(
                 instance=instance,
                 asset_selection=[asset_key(recipe, name) for name in assets],
-                tags={FORCE_TAG: "true"} if force else None,
+                tags={**tags, **this_process()},
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
+            for event in news(observe(recipe, project), instance):
+                instance.report_runless_asset_event(event)
             return result.run_id
     except dg.Failure as failure:
         raise StepFailed(failure.description or "a step failed") from failure

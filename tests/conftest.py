@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nor to a server that happens to run here
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="finetune-tests-")
+os.environ["TMPDIR"] = _TEMPORARY.name  # what tests start does not wait for a device that is in use here
 
 
 def shared_cache() -> Path:

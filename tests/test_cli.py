@@ -10,6 +10,8 @@ import sys
 import pytest
 
 from finetune_assets.lineage import NODES
+from finetune_assets.terminal.live import LiveRun
+from finetune_assets.terminal.results import headline
 from tests.conftest import REPOSITORY, MiniProject
 
 
@@ -60,7 +62,8 @@ def test_the_plan_for_programs(mini: MiniProject):
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert [item["asset"] for item in plan] == list(NODES)
-    assert all(set(item) == {"asset", "state", "reasons"} for item in plan)
+    assert all(set(item) == {"asset", "state", "reasons", "seconds", "bytes"} for item in plan)
+    assert plan[0]["seconds"] is None and plan[0]["bytes"] == (mini.root / "data" / "facts.json").stat().st_size
     assert {item["state"] for item in plan} == {"missing"}
 
 
@@ -104,6 +107,28 @@ def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("made", "reused", "words"),
+    [
+        (0, 0, "everything is up to date"),
+        (3, 0, "3 assets materialised in 8.0 s"),
+        (1, 2, "1 asset materialised in 8.0 s, 2 stayed as they were"),
+        (0, 1, "0 assets materialised in 8.0 s, 1 stayed as it was"),
+    ],
+)
+def test_what_was_reused_does_not_count_as_made(made: int, reused: int, words: str):
+    assert headline(made, reused, 8.0) == words
+
+
+def test_a_run_knows_what_it_made():
+    """What the display is told: two assets were to be made, and one of them turned out to be there."""
+    with LiveRun(["raw_dataset", "dataset_info", "base_model"], ["raw_dataset", "dataset_info"]) as live:
+        for asset, reused in (("raw_dataset", False), ("dataset_info", True)):
+            live.event(asset, {"event": "begin"})
+            live.event(asset, {"event": "done", "reused": reused})
+    assert live.reused == ["dataset_info"]
 
 
 def test_outside_of_any_project(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,10 +19,45 @@ def test_the_lineage_is_the_one_of_the_graph(mini: MiniProject):
     graph = load_definitions(mini).resolve_asset_graph()
     for node in NODES.values():
         found = graph.get(dg.AssetKey(["mini", node.name]))
-        assert {key.path[-1] for key in found.parent_keys} == {up.asset for up in node.upstreams}
+        sources = {f"mini/config/{node.name}", *(["datasets/facts"] if node.name == "raw_dataset" else [])}
+        upstreams = {f"mini/{up.asset}" for up in node.upstreams}
+        assert {key.to_user_string() for key in found.parent_keys} == sources | upstreams
         assert found.group_name == "mini"
         assert found.description and found.owners and found.kinds
         assert found.code_version == node.code_version
+
+
+def test_data_files_and_recipe_values_are_observable_nodes(mini: MiniProject):
+    graph = load_definitions(mini).resolve_asset_graph()
+    values = [f"mini/config/{name}" for name in NODES]
+    assert {key.to_user_string() for key in graph.observable_asset_keys} == {*values, "datasets/facts"}
+    assert {graph.get(dg.AssetKey(name.split("/"))).group_name for name in values} == {"mini_config"}
+    assert not any(graph.get(key).is_materializable for key in graph.observable_asset_keys)
+
+
+def test_two_recipes_share_the_node_of_a_data_set_and_nothing_else(mini: MiniProject):
+    mini.recipe_path("second").write_text(mini.recipe_path().read_text())
+    graph = load_definitions(mini).resolve_asset_graph()
+    readers = {key.to_user_string() for key in graph.get(dg.AssetKey(["datasets", "facts"])).child_keys}
+    assert readers == {"mini/raw_dataset", "second/raw_dataset"}
+    for recipe, other in (("mini", "second"), ("second", "mini")):
+        nodes = [graph.get(dg.AssetKey([recipe, name])) for name in NODES]
+        assert not any(parent.path[0] == other for node in nodes for parent in node.parent_keys)
+
+
+def test_names_that_dagster_cannot_take_still_have_nodes_of_their_own(mini: MiniProject):
+    entry = {"file_name": "facts.json"}
+    names = ["客服", "客户", "a-b", "a b", "a/b"]
+    (mini.root / "data" / "dataset_info.json").write_text(json.dumps(dict.fromkeys(names, entry)))
+    mini.edit(dataset={"dataset": names})
+    graph = load_definitions(mini).resolve_asset_graph()
+    assert sum(key.path[0] == "datasets" for key in graph.observable_asset_keys) == len(names)
+
+
+def test_no_recipe_can_take_the_name_of_the_data_sets_group(mini: MiniProject):
+    mini.recipe_path("datasets").write_text(mini.recipe_path().read_text())
+    graph = load_definitions(mini).resolve_asset_graph()
+    assert "is taken by the group of the data sets" in str(graph.get(dg.AssetKey(["datasets", "recipe"])).description)
 
 
 def test_every_recipe_of_this_repository_has_a_job():

@@ -79,7 +79,7 @@ def test_the_tree(mini: MiniProject, made: dict[str, Artifact]):
     for words in (
         "train.learning_rate 0.001",
         "metrics  rows 10, final_loss 0.5",
-        "libraries  dagster",  # once, where they are all the same
+        "libraries  accelerate",  # once, where they are all the same
         *(f"data version  {artifact.data_version}" for name, artifact in made.items() if name != "eval_metrics"),
     ):
         assert shown.count(words) == 1, words

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,17 +16,26 @@ from typing import Any
 
 import psutil
 import pytest
+from dagster_pipes import encode_param
 
 from finetune_assets.errors import BadInput, StepFailed
-from finetune_assets.training import launch
+from finetune_assets.process import launch
 
+# Dagster Pipes as it is spoken, word for word: no import, so that a worker starts in no time.
 HEAD = """
-import json, os, signal, subprocess, sys, time
-job = json.load(open(sys.argv[1]))
-events = os.fdopen(int(sys.argv[3]), "w")
+import base64, json, os, signal, subprocess, sys, time, zlib
+def place(name):
+    return json.loads(zlib.decompress(base64.b64decode(os.environ[name])))["path"]
+context = json.load(open(place("DAGSTER_PIPES_CONTEXT")))
+job = context["extras"]["job"]
+messages = open(place("DAGSTER_PIPES_MESSAGES"), "w")
+def say(method, **params):
+    message = {"__dagster_pipes_version": "0.1", "method": method, "params": params}
+    messages.write(json.dumps(message) + "\\n"); messages.flush()
 def send(**event):
-    events.write(json.dumps(event) + "\\n"); events.flush()
+    say("report_custom_message", payload=event)
 """
+TASK = {"task": "train"}
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
 
@@ -62,39 +73,90 @@ def test_events_and_report_arrive_whatever_is_printed(worker) -> None:
         send(event="done", report={"rows": 3})
     """)
     seen: list[dict[str, Any]] = []
-    assert launch.run({"word": "米赞"}, seen.append, worker=command) == {"rows": 3}
+    assert launch.run({**TASK, "word": "米赞"}, seen.append, worker=command) == {"rows": 3}
     assert seen == [{"event": "step", "step": 1, "loss": 2.5}, {"event": "message", "text": "米赞"}]
+
+
+def test_what_is_no_event_of_ours_is_passed_on_in_its_place(worker) -> None:
+    command = worker("""
+        say("opened", extras={})
+        send(event="message", text="first")
+        say("log", message="second", level="INFO")
+        send(event="done", report={})
+        say("closed")
+    """)
+    seen: list[str] = []
+    launch.run(
+        TASK, lambda event: seen.append(event["text"]), hear=lambda message: seen.append(message["method"]),
+        worker=command,
+    )  # fmt: skip
+    assert seen == ["opened", "first", "log", "closed"]
+
+
+def test_the_environment_and_the_run_reach_the_worker(worker) -> None:
+    command = worker("""
+        send(event="done", report=[os.environ["SHOWN"], "PATH" in os.environ, context["run_id"], context["extras"]])
+    """)
+    context = {**launch.NO_RUN, "run_id": "r1", "extras": {"colour": "blue"}}
+    report = launch.run(TASK, print, env={"SHOWN": "1"}, context=context, worker=command)  # pyright: ignore[reportArgumentType]
+    assert report == ["1", True, "r1", {"colour": "blue", "job": TASK}]
+
+
+def test_a_line_that_a_dying_worker_did_not_finish_is_left_out(worker) -> None:
+    command = worker("""
+        send(event="message", text="whole")
+        messages.write('{"__dagster_pipes_version": "0.1", "method": "report_cus'); messages.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(StepFailed, match="SIGKILL"):
+        launch.run(TASK, seen.append, worker=command)
+    assert seen == [{"event": "message", "text": "whole"}]
+
+
+def test_a_worker_that_has_said_all_and_does_not_end_is_ended(worker) -> None:
+    command = worker("""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        send(event="message", pid=os.getpid())
+        send(event="done", report={"rows": 3})
+        say("closed")
+        time.sleep(60)
+    """)
+    seen: list[dict[str, Any]] = []
+    began = time.monotonic()
+    assert launch.run(TASK, seen.append, worker=command, grace_seconds=0.3) == {"rows": 3}
+    assert time.monotonic() - began < 5 and gone(seen[0]["pid"])
 
 
 def test_a_job_larger_than_a_pipe_arrives(worker) -> None:
     command = worker('send(event="done", report={"n": len(job["long"])})')
-    assert launch.run({"long": "x" * 300_000}, print, worker=command) == {"n": 300_000}
+    assert launch.run({**TASK, "long": "x" * 300_000}, print, worker=command) == {"n": 300_000}
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("BadInput", BadInput), ("StepFailed", StepFailed)])
 def test_errors_cross_over(worker, kind: str, expected: type[Exception]) -> None:
     command = worker(f'send(event="error", kind="{kind}", message="rank is odd", hint="make it even"); sys.exit(1)')
     with pytest.raises(expected, match="rank is odd") as caught:
-        launch.run({}, print, worker=command)
+        launch.run(TASK, print, worker=command)
     assert caught.value.hint == "make it even"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_a_killed_worker_is_explained_by_memory(worker) -> None:
     with pytest.raises(StepFailed, match=r"SIGKILL.*memory runs out") as caught:
-        launch.run({}, print, worker=worker("os.kill(os.getpid(), signal.SIGKILL)"))
+        launch.run(TASK, print, worker=worker("os.kill(os.getpid(), signal.SIGKILL)"))
     assert "per_device_train_batch_size" in str(caught.value.hint)
 
 
 def test_a_crash_shows_its_last_words(worker) -> None:
     with pytest.raises(StepFailed, match=r"(?s)exit code 1 .*ZeroDivisionError"):
-        launch.run({}, print, worker=worker("1 / 0"))
+        launch.run(TASK, print, worker=worker("1 / 0"))
     with pytest.raises(StepFailed, match="SIGABRT"):
-        launch.run({}, print, worker=worker("os.abort()"))
+        launch.run(TASK, print, worker=worker("os.abort()"))
 
 
 def test_an_end_without_a_report_is_no_success(worker) -> None:
     with pytest.raises(StepFailed, match="exit code 0"):
-        launch.run({}, print, worker=worker("pass"))
+        launch.run(TASK, print, worker=worker("pass"))
 
 
 STUBBORN = f"""
@@ -116,7 +178,7 @@ def test_any_exception_ends_the_whole_group_even_a_stubborn_one(worker, error: t
 
     began = time.monotonic()
     with pytest.raises(error):
-        launch.run({}, progress, worker=worker(STUBBORN), grace_seconds=0.3)
+        launch.run(TASK, progress, worker=worker(STUBBORN), grace_seconds=0.3)
     assert time.monotonic() - began < 5
     assert len(pids) == 2 and all(gone(pid) for pid in pids)
 
@@ -134,8 +196,28 @@ def test_term_comes_first_so_that_a_worker_can_put_its_things_away(worker, tmp_p
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch.run({}, progress, worker=command, grace_seconds=10)
+        launch.run(TASK, progress, worker=command, grace_seconds=10)
     assert (tmp_path / "tidied").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process adopt orphans")
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_what_has_left_the_group_is_ended_too(worker, cancelled: bool) -> None:
+    command = worker(f"""
+        child = subprocess.Popen({SLEEPER!r}, start_new_session=True)
+        send(event="message", pid=child.pid)
+        send(event="done", report={{}})
+    """)
+    pids: list[int] = []
+
+    def progress(event: dict[str, Any]) -> None:
+        pids.append(event["pid"])
+        if cancelled:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        launch.run(TASK, progress, worker=command, grace_seconds=0.3)
+    assert gone(pids[0])
 
 
 def test_helpers_left_by_a_finished_worker_are_ended(worker) -> None:
@@ -145,7 +227,7 @@ def test_helpers_left_by_a_finished_worker_are_ended(worker) -> None:
         send(event="done", report={{}})
     """)
     seen: list[dict[str, Any]] = []
-    launch.run({}, seen.append, worker=command)
+    launch.run(TASK, seen.append, worker=command)
     assert gone(seen[0]["pid"])
 
 
@@ -157,8 +239,10 @@ def test_nothing_outlives_launcher_or_guard(worker, tmp_path: Path, how: int, vi
     command = worker(STUBBORN)
     launcher = tmp_path / "launcher.py"
     launcher.write_text(
-        "import sys\nfrom finetune_assets.training import launch\n"
-        f"launch.run({{}}, lambda event: print(*event['pids'], flush=True), worker={command!r}, grace_seconds=0.3)\n",
+        "import sys\nfrom finetune_assets.process import launch\n"
+        f"worker = {command!r}\n"
+        "show = lambda event: print(*event['pids'], flush=True)\n"
+        "launch.run({'task': 'train'}, show, worker=worker, grace_seconds=0.3)\n",
         encoding="utf-8",
     )
     process = subprocess.Popen(
@@ -184,36 +268,55 @@ def test_a_terminals_ctrl_c_does_not_reach_the_worker_by_itself(worker) -> None:
         send(event="done", report={})
     """)
     seen: list[dict[str, Any]] = []
-    launch.run({}, seen.append, worker=command)
+    launch.run(TASK, seen.append, worker=command)
     assert seen[0]["session"] != os.getsid(0) and seen[0]["group"] == seen[0]["pid"]
 
 
 def test_it_works_in_a_thread_and_leaks_no_descriptors(worker) -> None:
     command = worker('send(event="done", report={"ok": 1})')
     results: list[dict[str, Any]] = []
-    launch.run({}, print, worker=command)
+    launch.run(TASK, print, worker=command)
     before = psutil.Process().num_fds()
-    thread = threading.Thread(target=lambda: results.append(launch.run({}, print, worker=command)))
+    thread = threading.Thread(target=lambda: results.append(launch.run(TASK, print, worker=command)))
     thread.start()
     thread.join(20)
     assert results == [{"ok": 1}] and psutil.Process().num_fds() == before
 
 
-def test_the_real_worker_keeps_its_event_stream_clean(tmp_path: Path) -> None:
-    """Without --events-fd the events go to standard output; a bad section is one error line there."""
-    job = tmp_path / "job.json"
-    job.write_text('{"device": "vax"}', encoding="utf-8")
+def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
+    """With places of Dagster's own choosing, noise and all; what the caller cannot put right is told with its stack."""
+    messages, job = tmp_path / "messages", {"task": "train", "out": str(tmp_path), "device": "vax"}
+    messages.touch()
     body = (
-        "import sys; from finetune_assets.training import worker\n"
-        "def work(job, progress):\n"
+        "import sys; from finetune_assets.process import worker\n"
+        "def train(job, progress):\n"
         "    print('noise'); progress({'event': 'message', 'text': job['device']})\n"
-        "    raise worker.StepFailed('no', 'yes')\n"
-        "worker.work, worker.quieten = work, lambda: None\n"
-        f"sys.exit(worker.main([{str(job)!r}]))\n"
+        "    raise worker.BadInput('no', 'yes') if job['device'] == 'vax' else ZeroDivisionError\n"
+        "worker.TASKS['train'] = train\n"
+        "sys.exit(worker.main())\n"
     )
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "noise" in done.stderr
-    assert done.stdout.splitlines() == [
-        '{"event": "message", "text": "vax"}',
-        '{"event": "error", "kind": "StepFailed", "message": "no", "hint": "yes"}',
-    ]
+
+    def start(job: dict[str, Any]) -> tuple[int, list[tuple[str, Any]]]:
+        places = {
+            "DAGSTER_PIPES_CONTEXT": {"data": {**launch.NO_RUN, "extras": {"job": job}}},
+            "DAGSTER_PIPES_MESSAGES": {"path": str(messages)},
+        }
+        environment = {**os.environ, **{name: encode_param(place) for name, place in places.items()}}
+        done = subprocess.run([sys.executable, "-c", body], env=environment, timeout=60)
+        said = [json.loads(line) for line in messages.read_text().splitlines()]
+        messages.write_text("")
+        return done.returncode, [(message["method"], message["params"]) for message in said]
+
+    event = {"event": "message", "text": "vax"}
+    error = {"event": "error", "kind": "BadInput", "message": "no", "hint": "yes"}
+    assert start(job) == (
+        2,
+        [
+            ("opened", {"extras": {}}),
+            ("report_custom_message", {"payload": event}),
+            ("report_custom_message", {"payload": error}),
+            ("closed", {}),
+        ],
+    )
+    code, said = start({**job, "device": "cpu"})
+    assert code == 1 and said[-1][0] == "closed" and said[-1][1]["exception"]["name"] == "ZeroDivisionError"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+from importlib import metadata
 
 import pytest
 
@@ -10,10 +13,12 @@ from finetune_assets.artifacts import ArtifactStore
 from finetune_assets.assets.dataset_info import DATASET_INFO
 from finetune_assets.assets.raw_dataset import RAW_DATASET
 from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.lineage import NODES, upstream_of
 from finetune_assets.materialise import Outcome, materialise
 from finetune_assets.plan import Planned, make_plan, open_store
 from finetune_assets.recipe_file import load_recipe
 from tests.conftest import MiniProject, rows
+from tests.history_fixtures import make_chain
 
 BODIES = {"raw_dataset": RAW_DATASET.build, "dataset_info": DATASET_INFO.build}
 
@@ -72,7 +77,10 @@ def test_a_reformatted_file_stops_at_dataset_info(mini: MiniProject):
     before = make(mini, "dataset_info").artifact
     mini.write_rows(list(reversed(rows())), indent=2)
     found = plan(mini)
-    assert (found["raw_dataset"].state, found["raw_dataset"].reasons) == ("stale", ("source facts changed",))
+    assert (found["raw_dataset"].state, found["raw_dataset"].reasons) == (
+        "stale",
+        ("source facts: the same rows, written differently",),
+    )
     assert (found["dataset_info"].state, found["dataset_info"].reasons) == ("maybe", ("upstream raw_dataset will run",))
     make_data(mini)
     after = make(mini, "dataset_info").artifact
@@ -125,13 +133,68 @@ def test_damage_is_seen_named_and_mended(mini: MiniProject, damage, reason: str)
     assert (artifact.path / "train.jsonl").read_bytes() == content
 
 
-def test_a_manifest_that_is_not_ours_counts_as_missing_and_is_kept(mini: MiniProject):
+def test_rows_are_counted(mini: MiniProject):
     make_data(mini)
-    manifest = make(mini, "raw_dataset").artifact.path / "manifest.json"
-    for text in ("{}", "not json", '{"version": 99}'):
-        manifest.write_text(text)
-        assert plan(mini)["raw_dataset"].state == "missing"
-        assert manifest.read_text() == text
+    mini.write_rows([{**rows()[0], "output": "Another."}, *rows()[1:], *rows(14)[12:]])
+    assert plan(mini)["raw_dataset"].reasons == ("source facts: 2 rows added, 1 changed",)
+    make(mini, "raw_dataset")
+    assert plan(mini)["dataset_info"].reasons == ("upstream raw_dataset changed",)
+    (mini.root / "data" / "dataset_info.json").write_text(
+        json.dumps({"facts": {"file_name": "facts.json", "columns": {"system": "persona"}}})
+    )
+    assert plan(mini)["raw_dataset"].reasons == ("source facts: columns.system changed in dataset_info.json",)
+
+
+def test_a_malformed_file_is_for_the_step_to_refuse(mini: MiniProject):
+    make_data(mini)
+    (mini.root / "data" / "facts.json").write_text('[{"instruction": ')
+    assert plan(mini)["raw_dataset"].reasons == ("source facts changed",)
+
+
+def test_an_adapter_names_the_rows_that_it_would_learn_now(mini: MiniProject):
+    made = make_chain(mini)
+    mini.write_rows([*rows(), {"instruction": "A new one?", "input": "", "output": "Yes."}])
+    make_data(mini)
+    now = make(mini, "dataset_info").artifact
+    part = next(
+        split for split in ("train", "test") if now.part_version(split) != made["dataset_info"].part_version(split)
+    )
+    reader = {"train": "lora_adapter", "test": "gguf_file"}[part]
+    assert f"upstream dataset_info/{part}: 1 row added" in plan(mini)[reader].reasons
+    shutil.rmtree(made["dataset_info"].path)  # and now nobody knows
+    assert f"upstream dataset_info/{part} changed" in plan(mini)[reader].reasons
+
+
+def test_only_what_is_asked_for_is_judged(mini: MiniProject):
+    whole = plan(mini)
+    (mini.root / "base" / "config.json").write_text("{}")
+    recipe, store = load_recipe(mini.recipe_path()), open_store(mini)
+    for asset in NODES:
+        part = make_plan(recipe, mini, store, upto=asset)
+        assert set(part) == upstream_of({asset})
+        assert part[asset].reasons == whole[asset].reasons
+    (mini.root / "base" / "config.json").unlink()
+    (mini.root / "base").rmdir()
+    assert set(make_plan(recipe, mini, store, upto="dataset_info")) == {"raw_dataset", "dataset_info"}
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "peft", "trl"])
+def test_upgrades_that_decide_what_is_learnt(mini: MiniProject, monkeypatch: pytest.MonkeyPatch, package: str):
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl", "jieba", "nltk")}
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or installed(name))
+    versions[package] = "2.13.0+cpu"
+    make_chain(mini)
+    versions[package] = "2.13.1+cu130"
+    assert {item.state for item in plan(mini).values()} == {"fresh"}
+    versions[package] = "2.14.0"
+    found = plan(mini)
+    assert [name for name, item in found.items() if item.state == "stale"] == ["lora_adapter"]
+    assert found["lora_adapter"].reasons == (f"{package} 2.13 -> 2.14",)
+    mini.write_rows(rows()[1:])
+    found = plan(mini)["lora_adapter"]
+    assert found.state == "stale", "whatever comes of the rows"
+    assert found.reasons == (f"{package} 2.13 -> 2.14", "upstream dataset_info will run")
 
 
 def test_a_step_without_its_upstream_says_what_to_do(mini: MiniProject):

@@ -11,8 +11,9 @@ import pytest
 
 from finetune_assets.device import Device, choose_device
 from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.process import launch
 from finetune_assets.recipe import ModelSection, TrainSection
-from finetune_assets.training import curve, launch, sft
+from finetune_assets.training import curve, sft
 from finetune_assets.training.watch import Log
 from tests.training_fixtures import chat, tiny_base, write_rows
 
@@ -311,6 +312,7 @@ def test_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     job = {
+        "task": "train",
         "base": str(base),
         "rows": str(write_rows(tmp_path / "train.jsonl", ROWS)),
         "validation": None,

@@ -8,9 +8,9 @@ import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.evaluation.report import evaluate
 from finetune_assets.evaluation.report import table as markdown
 from finetune_assets.materialise import Step
+from resources.gpu import POOL
 
 MEASURES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")
 CONTENT = ["metrics.json", "predictions.jsonl"]
@@ -18,19 +18,18 @@ CONTENT = ["metrics.json", "predictions.jsonl"]
 
 def build(step: Step) -> Made:
     recipe, data = step.recipe, step.inputs["dataset_info"].path
-    report = evaluate(
-        step.inputs["base_model"].path,
-        step.inputs["lora_adapter"].path,
-        data / "test.jsonl",
-        step.staging,
-        evaluate=recipe.evaluate,
-        device=step.choose_device(recipe.train.bf16, recipe.train.fp16),
-        train=data / "train.jsonl",
-        cutoff_len=recipe.train.cutoff_len,
-        trust_remote_code=recipe.model.trust_remote_code,
-        progress=step.progress,
-    )
-    return Made(report, content=CONTENT)
+    job = {
+        "task": "evaluate",
+        "base": str(step.inputs["base_model"].path),
+        "adapter": str(step.inputs["lora_adapter"].path),
+        "out": str(step.staging),
+        "rows": str(data / "train.jsonl"),
+        "test": str(data / "test.jsonl"),
+        "train": recipe.train.model_dump(),
+        "model": recipe.model.model_dump(),
+        "evaluate": recipe.evaluate.model_dump(),
+    }
+    return Made(step.launch(job), content=CONTENT)
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
@@ -57,9 +56,10 @@ EVAL_METRICS = StepAsset(
     name="eval_metrics",
     description=(
         "BLEU-4, ROUGE-1/2/L and perplexity of base and tuned model on the test split only, by the same questions, "
-        "the same chat template and the same measures; and what both answered."
+        "the same chat template and the same measures; and what both answered. Measured in a process of its own."
     ),
     kinds={"python"},
+    pool=POOL,
     build=build,
     describe=describe,
 )

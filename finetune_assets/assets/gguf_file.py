@@ -14,9 +14,10 @@ import dagster as dg
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf_types import make_gguf
-from finetune_assets.export.parity import CHECKS, Figures, prove
+from finetune_assets.export.parity import CHECKS, Figures
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.materialise import Step
+from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
 # What of the fingerprint decides a file's bytes; all of it decides how the file compares with the merged model.
@@ -36,22 +37,25 @@ def build(step: Step) -> Made:
         kept=_kept(step.previous, step.ingredients),
         progress=step.progress,
     )
-    figures = prove(
-        {kind: step.staging / entry["file"] for kind, entry in facts.items()},
-        merged,
-        step.inputs["dataset_info"].path / "test.jsonl",
-        device=lambda: step.choose_device(False, False),
-        max_kl=gguf.max_kl,
-        recorded=_recorded(step.previous, step.ingredients),
-        trust_remote_code=step.recipe.model.trust_remote_code,
-        progress=step.progress,
+    report = step.launch(
+        {
+            "task": "prove",
+            "out": str(step.staging),
+            "files": {kind: str(step.staging / entry["file"]) for kind, entry in facts.items()},
+            "merged": str(merged),
+            "held_out": str(step.inputs["dataset_info"].path / "test.jsonl"),
+            "max_kl": gguf.max_kl,
+            "recorded": _recorded(step.previous, step.ingredients),
+            "model": step.recipe.model.model_dump(),
+        }
     )
+    figures = report["figures"]
     parts = {kind: [entry["file"], "chat.json"] for kind, entry in facts.items()}
     if len(facts) > 1:
-        draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind].kl) for kind in facts})
+        draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind]["kl"]) for kind in facts})
     return Made(
         {
-            "types": {kind: {**facts[kind], **dataclasses.asdict(figures[kind])} for kind in facts},
+            "types": {kind: {**facts[kind], **figures[kind]} for kind in facts},
             "checks": list(CHECKS),
         },
         parts=parts,
@@ -66,7 +70,7 @@ def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Pat
     return {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
 
 
-def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Figures]:
+def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The previous artifact's figures, if its files are kept and nothing else has changed that they depend on."""
     if previous is None:
         return {}
@@ -74,7 +78,7 @@ def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str,
     if any(made[key] != wanted[key] for key in wanted if key != "recipe"):
         return {}
     names = [field.name for field in dataclasses.fields(Figures)]
-    return {kind: Figures(**{name: entry[name] for name in names}) for kind, entry in previous.metrics["types"].items()}
+    return {kind: {name: entry[name] for name in names} for kind, entry in previous.metrics["types"].items()}
 
 
 def _bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,6 +122,7 @@ GGUF_FILE = StepAsset(
         "model's as its type allows (gguf.max_kl). A type added later does not redo the others."
     ),
     kinds={"gguf"},
+    pool=POOL,
     build=build,
     describe=describe,
 )

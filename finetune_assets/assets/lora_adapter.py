@@ -10,7 +10,7 @@ import dagster as dg
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, figure
 from finetune_assets.materialise import Step
-from finetune_assets.training import launch
+from resources.gpu import POOL
 
 LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt
 FIGURES = {
@@ -30,17 +30,17 @@ FIGURES = {
 
 
 def build(step: Step) -> Made:
-    train, model, data = step.recipe.train, step.recipe.model, step.inputs["dataset_info"]
+    data = step.inputs["dataset_info"].path
     job = {
+        "task": "train",
         "base": str(step.inputs["base_model"].path),
-        "rows": str(data.path / "train.jsonl"),
-        "validation": str(data.path / "validation.jsonl"),
         "out": str(step.staging),
-        "train": train.model_dump(),
-        "model": model.model_dump(),
-        "device": step.choose_device(train.bf16, train.fp16).kind,
+        "rows": str(data / "train.jsonl"),
+        "validation": str(data / "validation.jsonl"),
+        "train": step.recipe.train.model_dump(),
+        "model": step.recipe.model.model_dump(),
     }
-    report = launch.run(job, step.progress)
+    report = step.launch(job)
     content = [path.name for path in sorted(step.staging.iterdir()) if path.name not in LOOKS]
     return Made(report, content=content)
 
@@ -61,6 +61,7 @@ LORA_ADAPTER = StepAsset(
         "together with the tokenizer and the chat template it was trained with."
     ),
     kinds={"pytorch", "huggingface"},
+    pool=POOL,
     build=build,
     describe=describe,
 )

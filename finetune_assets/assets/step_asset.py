@@ -2,18 +2,22 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
+from finetune_assets.assets.keys import asset_key, read_tags, source_keys
 from finetune_assets.errors import FinetuneError
 from finetune_assets.lineage import NODES
 from finetune_assets.materialise import Progress, Step, materialise
+from finetune_assets.observed import reading_of
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from finetune_assets.watching import tell
+from resources.dead_runs import sign
+from resources.worker_pipes import run_worker
 
 FORCE_TAG = "finetune/force"
 LOG_EVERY = 10.0  # seconds between two progress lines in Dagster's log
@@ -24,6 +28,7 @@ class StepAsset:
     """What distinguishes one asset from another.
 
     Args:
+        pool: the Dagster pool of what only so many runs can use at a time.
         build: makes the artifact in `step.staging`; calls into one ML room.
         describe: the artifact's metadata for the asset page.
     """
@@ -31,12 +36,9 @@ class StepAsset:
     name: str
     description: str
     kinds: set[str]
+    pool: str | None = field(default=None, kw_only=True)
     build: Callable[[Step], Made]
     describe: Callable[[Artifact], Mapping[str, dg.MetadataValue]]
-
-
-def asset_key(recipe: Recipe, name: str) -> dg.AssetKey:
-    return dg.AssetKey([recipe.name, name])
 
 
 def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefinition:
@@ -45,17 +47,24 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
 
     @dg.asset(
         key=asset_key(recipe, spec.name),
-        deps=[asset_key(recipe, up.asset) for up in node.upstreams],
+        deps=[*source_keys(recipe, spec.name), *(asset_key(recipe, up.asset) for up in node.upstreams)],
         group_name=recipe.name,
         description=spec.description,
         kinds=spec.kinds,
         owners=["team:fine-tuning"],
         code_version=node.code_version,
         required_resource_keys={"gpu"},
+        pool=spec.pool,
     )
     def step(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         tell(spec.name, {"event": "begin"})
-        gpu = context.resources.gpu
+        sign(context)
+
+        def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+            gpu = context.resources.gpu
+            with gpu.lease(progress) as lease:
+                return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
+
         try:
             outcome = materialise(
                 spec.name,
@@ -63,7 +72,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
                 project,
                 spec.build,
                 _reporter(spec.name, context.log.info),
-                choose_device=gpu.choose,
+                launch=launch,
                 force=context.run.tags.get(FORCE_TAG) == "true",
             )
         except FinetuneError as error:
@@ -71,18 +80,26 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
             raise dg.Failure(description=str(error), allow_retries=False) from error
         artifact = outcome.artifact
         tell(spec.name, {"event": "done", "reused": outcome.reused, "artifact": artifact})
+        reading = reading_of(spec.name, artifact.manifest["ingredients"])
+        upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
         return dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
-            metadata={
-                **spec.describe(artifact),
-                "artifact": dg.MetadataValue.path(artifact.path),
-                "fingerprint": artifact.fingerprint,
-                "seconds to build": float(artifact.manifest["seconds"]),
-                "already published": outcome.reused,
-            },
+            metadata=page(spec, artifact, reused=outcome.reused),
+            tags=read_tags(recipe, spec.name, reading, upstreams),
         )
 
     return step
+
+
+def page(spec: StepAsset, artifact: Artifact, *, reused: bool) -> dict[str, Any]:
+    """The metadata of an artifact for the asset's page."""
+    return {
+        **spec.describe(artifact),
+        "artifact": dg.MetadataValue.path(artifact.path),
+        "fingerprint": artifact.fingerprint,
+        "seconds to build": float(artifact.manifest["seconds"]),
+        "already published": reused,
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:

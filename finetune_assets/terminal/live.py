@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from finetune_assets.terminal.tables import duration
+
 GLYPHS = {"waiting": "·", "fresh": "=", "running": "▸", "done": "✓", "reused": "=", "failed": "✗"}
 STYLES = {
     "waiting": "dim",
@@ -68,6 +70,11 @@ class LiveRun:
             os.dup2(saved, original)
             os.close(saved)
 
+    @property
+    def reused(self) -> list[str]:
+        """The assets that were to be made and turned out to be up to date."""
+        return [name for name, state in self._states.items() if state == "reused"]
+
     def event(self, asset: str, event: dict[str, Any]) -> None:
         """Take in one event of `watching.tell`."""
         match event["event"]:
@@ -118,14 +125,6 @@ class LiveRun:
                 below.append(ProgressBar(total=event["steps"], completed=event["step"], width=50))
                 below.append(Text(f"{event['step']}/{event['steps']}  {_figures(event)}"))
         return Group(grid, *below)
-
-
-def duration(seconds: float) -> str:
-    """`8.3 s`, `2 min 05 s`, `1 h 12 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _figures(event: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
+from finetune_assets.estimate import Cost, Total
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import Planned
 from finetune_assets.recipe import Recipe
@@ -19,32 +20,70 @@ if TYPE_CHECKING:
     from finetune_assets.doctor import Check
 
 STATE_STYLES = {"fresh": "green", "stale": "yellow", "missing": "red", "maybe": "cyan"}
+UNTIMED = "no past run to go by"
 CHECK_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def plan_json(plan: Mapping[str, Planned]) -> list[dict[str, Any]]:
-    """`finetune plan --json`: asset, state and reasons of each asset, upstreams first."""
-    return [{"asset": item.asset, "state": item.state, "reasons": list(item.reasons)} for item in plan.values()]
+def plan_json(plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> list[dict[str, Any]]:
+    """`finetune plan --json`: asset, state and reasons, seconds and bytes (null: unknown) of each, upstreams first."""
+    nothing = Cost(0, 0)
+    rows = [(item, costs.get(item.asset, nothing)) for item in plan.values()]
+    return [
+        {
+            "asset": item.asset,
+            "state": item.state,
+            "reasons": list(item.reasons),
+            "seconds": None if cost.seconds is None else round(cost.seconds, 1),
+            "bytes": cost.bytes,
+        }
+        for item, cost in rows
+    ]
 
 
-def plan_tree(recipe: str, plan: Mapping[str, Planned]) -> Tree:
+def plan_tree(recipe: str, plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> Tree:
     """The plan as a tree along the lineage: an asset hangs below the last of its upstreams."""
     tree = Tree(Text(recipe, style="bold"))
     branches: dict[str, Tree] = {}
     for item in plan.values():
         upstreams = NODES[item.asset].upstreams
         parent = branches[upstreams[-1].asset] if upstreams else tree
-        branches[item.asset] = parent.add(planned_line(item))
+        branches[item.asset] = parent.add(planned_line(item, costs.get(item.asset)))
     return tree
 
 
-def planned_line(item: Planned) -> Text:
-    """An asset, its state, and the reasons."""
+def planned_line(item: Planned, cost: Cost | None = None) -> Text:
+    """An asset, its state, what making it takes, and the reasons."""
     line = Text(item.asset)
     line.append(f"  {item.state}", style=STATE_STYLES[item.state])
+    if cost is not None:
+        about = "up to" if item.state == "maybe" else "~"
+        took = UNTIMED if cost.seconds is None else f"{about} {duration(cost.seconds)}"
+        line.append(f"  {took}" if cost.bytes is None else f"  {took}, {human_size(cost.bytes)}")
     if item.reasons:
         line.append("  " + "; ".join(item.reasons), style="dim")
     return line
+
+
+def plan_total(total: Total, free: int) -> list[Text]:
+    """What the whole run takes, and a warning where the disk (bytes free) is too small for it."""
+    if total.seconds_at_most:
+        took = f"a run takes about {_span(duration(total.seconds), duration(total.seconds_at_most))}"
+        if total.untimed:
+            took += f", not counting {', '.join(total.untimed)} ({UNTIMED})"
+    else:
+        took = f"how long a run takes is unknown ({UNTIMED})"
+    size = f"writes {'at least' if total.unsized else 'about'} "
+    size += _span(human_size(total.bytes), human_size(total.bytes_at_most))
+    lines = [Text(f"{took}, {size}; {human_size(free)} are free")]
+    needed = total.bytes_at_most + total.scratch
+    if needed > free:
+        text = f"not enough disk space: {human_size(needed)} may be needed, {human_size(free)} are free"
+        lines.append(Text(f"{text}; finetune gc frees what nothing needs", style="bold red"))
+    return lines
+
+
+def _span(least: str, most: str) -> str:
+    return least if least == most else f"{least} (up to {most})"
 
 
 def known_artifacts(recipe: Recipe, plan: Mapping[str, Planned], store: ArtifactStore) -> dict[str, Artifact]:
@@ -114,3 +153,11 @@ def human_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`8.3 s`, `2 min 05 s`, `1 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

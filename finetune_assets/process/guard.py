@@ -3,7 +3,7 @@
 Started by `launch` as `python guard.py GRACE_SECONDS FD,FD... COMMAND...`; the command inherits the file descriptors
 named. Its own standard input is a lifeline: the other end is held by the launcher, and when that closes, for whatever
 reason (the launcher cancelled, crashed, was killed), the group gets TERM and, after the grace period, KILL. What is
-left of the group when the command ends by itself gets KILL.
+left of the group when the command ends by itself gets KILL; so does, on Linux, what had left the group.
 Exit code: the command's; 128 + signal number where a signal ended it.
 
 Standard library only, one thread, no project imports: it must start at once and outlive any trouble in the command.
@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def parent_death_signal(number: int) -> Callable[[], None]:
@@ -33,6 +34,21 @@ def parent_death_signal(number: int) -> Callable[[], None]:
             prctl(PR_SET_PDEATHSIG, number)
 
     return arm
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every descendant that loses its own, whatever group or session it is in (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def kill_children() -> None:
+    """KILL the children of this process, and theirs as these become ours, until none is left."""
+    listing = Path(f"/proc/self/task/{os.getpid()}/children")
+    while listing.exists() and (children := listing.read_text(encoding="ascii").split()):
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+            os.waitpid(int(child), 0)
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -56,6 +72,7 @@ def main() -> int:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     # Beside the lifeline: a launcher that forked may have left its end of that open in another process.
     parent_death_signal(signal.SIGTERM)()
+    adopt_orphans()
     # preexec_fn is safe here: one thread. It ties the command to us, should we be killed ourselves.
     child = subprocess.Popen(
         command,
@@ -76,6 +93,7 @@ def main() -> int:
             time.sleep(0.02)
     signal_group(child.pid, signal.SIGKILL)  # whatever ignored TERM, and grandchildren
     status = child.wait()
+    kill_children()  # torchrun, for one, gives every rank a session of its own
     return status if status >= 0 else 128 - status
 
 

@@ -1,0 +1,119 @@
+"""The worker process: `python -m finetune_assets.process.worker`, started by `launch` or by any Dagster Pipes client.
+
+The extra `job` of the Pipes context says what to do: {"task": one of TASKS, "out": path, "model": that section of the
+recipe, "device": auto, cuda, mps or cpu} and, beside these,
+    train: "base", "rows", "validation": paths (validation may be null), "train": a section of the recipe;
+    evaluate: "base", "adapter", "rows", "test": paths, "train", "evaluate": sections of the recipe;
+    prove: "merged", "held_out": paths, "files": GGUF type -> path, "max_kl", "recorded": type -> figures.
+Every event is a custom message. The last one is {"event": "done", "report": {...}} or {"event": "error", "kind",
+"message", "hint"}; the exit code then is 0, or the error's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dagster_pipes import open_dagster_pipes
+
+from finetune_assets.device import choose_device
+from finetune_assets.disk import disk_trouble
+from finetune_assets.errors import BadInput, FinetuneError, StepFailed
+from finetune_assets.recipe import EvaluateSection, ModelSection, TrainSection
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def quieten() -> None:
+    """No progress bars, no advice: what libraries say by habit hides what matters when something fails."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the base model is a folder: nothing here needs a network
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "CUDA_VISIBLE_DEVICES" not in os.environ and "LOCAL_RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # with several in sight the trainer would try to use them all
+    warnings.filterwarnings("ignore")
+
+
+def train(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.training import sft
+
+    section = TrainSection.model_validate(job["train"])
+    return sft.train(
+        Path(job["base"]),
+        Path(job["rows"]),
+        Path(job["validation"]) if job["validation"] else None,
+        Path(job["out"]),
+        train=section,
+        model=ModelSection.model_validate(job["model"]),
+        device=choose_device(section.bf16, section.fp16, job.get("device", "auto")),
+        progress=progress,
+    )
+
+
+def evaluate(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.evaluation import report
+
+    section = TrainSection.model_validate(job["train"])
+    return report.evaluate(
+        Path(job["base"]),
+        Path(job["adapter"]),
+        Path(job["test"]),
+        Path(job["out"]),
+        evaluate=EvaluateSection.model_validate(job["evaluate"]),
+        device=choose_device(section.bf16, section.fp16, job.get("device", "auto")),
+        train=Path(job["rows"]),
+        cutoff_len=section.cutoff_len,
+        trust_remote_code=ModelSection.model_validate(job["model"]).trust_remote_code,
+        progress=progress,
+    )
+
+
+def prove(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.export import parity
+
+    figures = parity.prove(
+        {kind: Path(file) for kind, file in job["files"].items()},
+        Path(job["merged"]),
+        Path(job["held_out"]),
+        device=lambda: choose_device(False, False, job.get("device", "auto")),
+        max_kl=job["max_kl"],
+        recorded={kind: parity.Figures(**recorded) for kind, recorded in job["recorded"].items()},
+        trust_remote_code=ModelSection.model_validate(job["model"]).trust_remote_code,
+        progress=progress,
+    )
+    return {"figures": {kind: dataclasses.asdict(found) for kind, found in figures.items()}}
+
+
+TASKS = {"train": train, "evaluate": evaluate, "prove": prove}
+
+
+def main() -> int:
+    """Do the job; the exit code."""
+    quieten()
+    with open_dagster_pipes() as pipes:
+        job = pipes.get_extra("job")
+        try:
+            report = TASKS[job["task"]](job, pipes.report_custom_message)
+        except Exception as error:
+            # a full disk reaches us in the words of whichever library was writing
+            failure = error if isinstance(error, FinetuneError) else disk_trouble(error, Path(job["out"]))
+            if failure is None:
+                raise
+            kind = BadInput if isinstance(failure, BadInput) else StepFailed
+            pipes.report_custom_message(
+                {"event": "error", "kind": kind.__name__, "message": failure.message, "hint": failure.hint}
+            )
+            return failure.exit_code
+        pipes.report_custom_message({"event": "done", "report": report})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

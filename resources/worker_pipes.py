@@ -1,0 +1,60 @@
+"""Heavy work of a Dagster step in a process of its own, through a Dagster Pipes session.
+
+Dagster's own PipesSubprocessClient interrupts the direct child only and leaves one that ignores it alive; here
+`process.launch` starts and ends the child, with everything that it started, and the session goes around that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import dagster as dg
+from dagster_pipes import PipesContextData, PipesParams
+
+from finetune_assets.process import launch
+from resources.gpu import Lease
+
+
+class CarriedByLaunch(dg.PipesContextInjector, dg.PipesMessageReader):
+    """Context and messages travel over pipes that `launch` opens and reads: there is nothing for a session to do."""
+
+    @contextmanager
+    def inject_context(self, context_data: PipesContextData) -> Iterator[PipesParams]:
+        yield {}
+
+    @contextmanager
+    def read_messages(self, handler: dg.PipesMessageHandler) -> Iterator[PipesParams]:
+        yield {}
+
+    def no_messages_debug_text(self) -> str:
+        return "Context and messages go over pipes that the process inherits."
+
+
+def run_worker(
+    context: dg.AssetExecutionContext,
+    job: dict[str, Any],
+    progress: Callable[[dict[str, Any]], None],
+    *,
+    lease: Lease,
+    worker: Sequence[str] = launch.WORKER,
+    grace_seconds: float = launch.GRACE_SECONDS,
+) -> dict[str, Any]:
+    """Do `job` on the leased device in a child of this step; what the child logs is in Dagster's log at once.
+
+    Raises:
+        BadInput, StepFailed: as `launch.run`.
+    """
+    carried = CarriedByLaunch()
+    with dg.open_pipes_session(context, carried, carried) as session:
+        return launch.run(
+            job,
+            progress,
+            env=lease.environment,
+            held=[lease.lock],
+            context=session.context_data,
+            hear=session.message_handler.handle_message,
+            worker=worker,
+            grace_seconds=grace_seconds,
+        )
