@@ -31,22 +31,22 @@ class Copy:
     """A copy of the project with everything that was made of it."""
 
     def __init__(self, root: Path, recipe: str):
-        self.root, self.recipe = root, root / "configs" / f"{recipe}.yaml"
-        home = Path(os.environ.get("DAGSTER_HOME") or PROJECT / "dagster_home")
+        self.root, self.home, self.recipe = root, root / "dagster_home", root / "configs" / f"{recipe}.yaml"
+        made = Path(os.environ.get("DAGSTER_HOME") or PROJECT / "dagster_home")
         for name in ("configs", "data"):
             shutil.copytree(PROJECT / name, root / name)
         shutil.copyfile(PROJECT / "pyproject.toml", root / "pyproject.toml")
         for name in ("artifacts", "ollama"):
-            shutil.copytree(home / name, root / "home" / name, copy_function=os.link)
-        (root / "home" / "cache").mkdir()
-        shutil.copyfile(home / "cache" / "digests.sqlite", root / "home" / "cache" / "digests.sqlite")
+            shutil.copytree(made / name, self.home / name, copy_function=os.link)
+        (self.home / "cache").mkdir()
+        shutil.copyfile(made / "cache" / "digests.sqlite", self.home / "cache" / "digests.sqlite")
 
     def plan(self) -> str:
         """What `finetune plan` prints."""
         environment = {
             **os.environ,
             "FINETUNE_PROJECT": str(self.root),
-            "DAGSTER_HOME": str(self.root / "home"),
+            "DAGSTER_HOME": str(self.home),
             "OLLAMA_HOST": "127.0.0.1:9",
             "COLUMNS": "118",
         }
@@ -71,7 +71,7 @@ class Copy:
 
     def published(self, asset: str, name: str) -> Path:
         """A file of an asset's current artifact, as a copy that may be harmed."""
-        folder = self.root / "home" / "artifacts" / self.recipe.stem / asset
+        folder = self.home / "artifacts" / self.recipe.stem / asset
         path = folder / (folder / "CURRENT").read_text().strip() / name
         content = path.read_bytes()
         path.unlink()

@@ -1,6 +1,6 @@
 """Pictures of the Dagster UI for the documentation, from a real server and a real browser.
 
-usage: python docs/screenshots.py RECIPE OUT_DIR
+usage: python -m docs.screenshots RECIPE OUT_DIR
 Shows the state under DAGSTER_HOME; run the recipe first. Needs Chromium (CHROMIUM names it if it is not on the PATH).
 """
 
@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
+
+from docs.changes import PROJECT, Copy, new_and_changed_rows
 
 QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update")
 
@@ -99,5 +102,24 @@ def main(recipe: str, out: Path) -> None:
         browser.screenshot(path=out / "loss_curve.png")
 
 
+def stale(recipe: str, out: Path) -> None:
+    """The lineage after an edit of the recipe and of a data file that nobody told the running server of."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Copy(Path(folder), recipe)
+        shutil.copyfile(PROJECT / "dagster_home" / "dagster.yaml", copy.home / "dagster.yaml")
+        with webserver(copy.root, copy.home) as address, page(2000, 900) as browser:
+            browser.goto(f"{address}/locations/finetune_assets/asset-groups/{recipe}/lineage")
+            browser.get_by_text("Materialized").first.wait_for(timeout=180_000)  # the sensor's first look
+            copy.set("train", learning_rate=5e-4)
+            new_and_changed_rows(copy)
+            browser.get_by_text("Unsynced").first.wait_for(timeout=180_000)  # its next one
+            browser.wait_for_timeout(5000)
+            browser.screenshot(path=out / "stale.png")
+            browser.goto(f"{address}/assets/{recipe}/lora_adapter_config?view=overview")
+            browser.wait_for_timeout(8000)
+            browser.screenshot(path=out / "config_node.png")
+
+
 if __name__ == "__main__":
+    stale(sys.argv[1], Path(sys.argv[2]))
     main(sys.argv[1], Path(sys.argv[2]))

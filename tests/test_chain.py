@@ -112,6 +112,9 @@ def test_a_gguf_type_more_makes_that_file_only(chain: Chain):
     assert (Path(after["path"]) / "mini-f16.gguf").stat().st_ino == kept.stat().st_ino, "linked, not made again"
     chain.project.edit(gguf={"types": None})
     assert set(chain.states().values()) == {"fresh"}
+    assert chain.run() == []
+    current = chain.json("explain", "mini/gguf_file")["ancestry"][0]
+    assert current["fingerprint"] == before["fingerprint"], "back at earlier values, the earlier one is the current one"
 
 
 def test_a_gguf_file_too_far_from_the_merged_model_is_not_published(chain: Chain):

@@ -19,7 +19,7 @@ def test_the_lineage_is_the_one_of_the_graph(mini: MiniProject):
     graph = load_definitions(mini).resolve_asset_graph()
     for node in NODES.values():
         found = graph.get(dg.AssetKey(["mini", node.name]))
-        sources = {f"mini/config/{node.name}", *(["datasets/facts"] if node.name == "raw_dataset" else [])}
+        sources = {f"mini/{node.name}_config", *(["datasets/facts"] if node.name == "raw_dataset" else [])}
         upstreams = {f"mini/{up.asset}" for up in node.upstreams}
         assert {key.to_user_string() for key in found.parent_keys} == sources | upstreams
         assert found.group_name == "mini"
@@ -29,7 +29,7 @@ def test_the_lineage_is_the_one_of_the_graph(mini: MiniProject):
 
 def test_data_files_and_recipe_values_are_observable_nodes(mini: MiniProject):
     graph = load_definitions(mini).resolve_asset_graph()
-    values = [f"mini/config/{name}" for name in NODES]
+    values = [f"mini/{name}_config" for name in NODES]
     assert {key.to_user_string() for key in graph.observable_asset_keys} == {*values, "datasets/facts"}
     assert {graph.get(dg.AssetKey(name.split("/"))).group_name for name in values} == {"mini_config"}
     assert not any(graph.get(key).is_materializable for key in graph.observable_asset_keys)

@@ -28,7 +28,7 @@ def asset_key(recipe: Recipe, asset: str) -> dg.AssetKey:
 
 def values_key(recipe: Recipe, asset: str) -> dg.AssetKey:
     """The node of the recipe values that an asset reads."""
-    return dg.AssetKey([recipe.name, "config", asset])
+    return dg.AssetKey([recipe.name, f"{asset}_config"])
 
 
 def file_key(recipe: Recipe, dataset: str) -> dg.AssetKey:
