@@ -13,8 +13,10 @@ from dagster import DagsterInstance, DagsterRun
 from dagster._core.scheduler.instigation import InstigatorTick
 
 from docs.screenshots import webserver
+from resources import webhook
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 from tests.history_fixtures import plan_of
+from tests.webhook_receiver import Receiver
 
 WAIT = 240.0  # seconds; a tick comes every few seconds, a tiny chain takes half a minute
 
@@ -45,7 +47,15 @@ def wait_for(what: str, happened: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path, tiny_base: Path) -> Iterator[Daemon]:
+def receiver(monkeypatch: pytest.MonkeyPatch) -> Receiver:
+    """What failed runs are posted to."""
+    receiver = Receiver()
+    monkeypatch.setenv(webhook.VARIABLE, receiver.address)
+    return receiver
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, tiny_base: Path, receiver: Receiver) -> Iterator[Daemon]:
     project = make_mini(tmp_path, base=tiny_base)
     project.cache.mkdir(parents=True)
     (project.cache / "wheels").symlink_to(shared_cache() / "wheels")
@@ -55,7 +65,7 @@ def daemon(tmp_path: Path, tiny_base: Path) -> Iterator[Daemon]:
         yield Daemon(project, instance)
 
 
-def test_a_recipe_is_kept_up_to_date(daemon: Daemon):
+def test_a_recipe_is_kept_up_to_date(daemon: Daemon, receiver: Receiver):
     project = daemon.project
 
     def finished(count: int) -> bool:
@@ -96,6 +106,10 @@ def test_a_recipe_is_kept_up_to_date(daemon: Daemon):
     )
     time.sleep(5)
     assert finished(3), "a failed input is not tried again"
+    wait_for("the failure is posted to the webhook", lambda: receiver.posted)
+    (posted,) = receiver.posted
+    assert (posted["asset"], posted["run_id"]) == ("mini/dataset_info", daemon.runs()[2].run_id)
+    assert "the row has no answer" in posted["text"]
 
     project.write_rows(list(reversed(rows())), indent=2)
     wait_for("changed, it is tried again", lambda: finished(4))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
-import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 
 import dagster as dg
@@ -19,6 +16,7 @@ from finetune_assets.project import Project
 from resources import dead_runs, webhook
 from tests.conftest import MiniProject, rows
 from tests.history_fixtures import make_chain
+from tests.webhook_receiver import Receiver
 
 
 class Sensor:
@@ -250,27 +248,6 @@ def test_a_schedule_that_cannot_be_is_one_broken_recipe(mini: MiniProject, wrong
     (value,) = [value for key, value in wrong.items() if value != "0 3 * * *"]
     assert value in str(graph.get(dg.AssetKey(["mini", "recipe"])).description)
     assert graph.has(dg.AssetKey(["second", "lora_adapter"]))
-
-
-class Receiver:
-    """A web server that keeps what is posted to it."""
-
-    def __init__(self, status: int = 200):
-        posted: list[dict] = []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                posted.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                pass
-
-        self.posted = posted
-        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_port}/hook/secret-token"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
 
 def failed_run(project: Project, instance: dg.DagsterInstance) -> dg.RunFailureSensorContext:
