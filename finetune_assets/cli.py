@@ -20,7 +20,7 @@ from finetune_assets.lineage import NODES, upstream_of
 from finetune_assets.plan import make_plan, open_store
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe, did_you_mean
-from finetune_assets.recipe_file import find_recipe, json_schema, load_recipe
+from finetune_assets.recipe_file import find_recipe, json_schema, load_recipe, readable_recipes, refuse_rivals
 from finetune_assets.terminal import tables
 
 app = typer.Typer(
@@ -66,6 +66,8 @@ def run(
     for name in wanted - set(todo):
         if (artifact := plan[name].artifact) is not None:
             store.make_current(artifact)  # back at earlier values, nothing runs, but this is what is asked for now
+    if "ollama_model" in todo:
+        refuse_rivals(loaded, readable_recipes(project.configs))
     started = time.monotonic()
     run_id, reused = None, []
     if todo:

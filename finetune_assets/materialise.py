@@ -81,7 +81,9 @@ def materialise(
     inputs = {up.asset: _input(up.asset, plan, recipe, store) for up in node.upstreams}
     if (artifact := plan[asset].artifact) is not None and not force:
         return _done(store, artifact, inputs)
-    wanted = fingerprint(node, recipe, inputs, sources_of(node, recipe, project, store.digests))
+    _agree(recipe, inputs)
+    sources = sources_of(node, recipe, project, store.digests)
+    wanted = fingerprint(node, recipe, inputs, sources)
     waiting = {"event": "message", "text": f"waits for another run that is making {recipe.name}/{asset}"}
     with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
         # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
@@ -100,6 +102,8 @@ def materialise(
             recipe, project, inputs, staging, previous, wanted.ingredients, progress, lambda job: launch(job, progress)
         )
         made = body(step)
+        if sources_of(node, recipe, project, store.digests) != sources:
+            raise StepFailed(f"what {recipe.name}/{asset} reads was changed while it was read", "run again")
         record = {
             "seed": recipe.train.seed,
             "seconds": round(time.monotonic() - started, 1),
@@ -124,3 +128,21 @@ def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: Artif
     if (damage := found.damage(store.digests)) is not None:
         raise StepFailed(f"{recipe.name}/{asset} is damaged: {damage}", f"materialise {recipe.name}/{asset} again")
     return found
+
+
+def _agree(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:
+    """Refuse inputs of different ages: an adapter must not be scored on rows that were held out only after it was made.
+
+    Raises:
+        StepFailed: one input was made of another version of a second one.
+    """
+    for name, used in inputs.items():
+        for key, version in used.manifest["ingredients"]["upstreams"].items():
+            other, _, part = key.partition("/")
+            if (now := inputs.get(other)) is None:
+                continue
+            if version != (now.manifest["parts"].get(part) if part else now.data_version):
+                raise StepFailed(
+                    f"{recipe.name}/{name} was made of another {key} than there is now",
+                    f"materialise {recipe.name}/{name} as well",
+                )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,29 @@ def load_recipe(path: Path) -> Recipe:
         listing = "\n".join(f"{path}:{line}: {text}" for line, text in sorted(set(problems)))
         raise BadInput(listing)
     return recipe
+
+
+def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
+    """Two recipes that serve under one name would take each other's place for ever.
+
+    Raises:
+        BadInput: another recipe has the same `ollama.name`.
+    """
+    rivals = [other.name for other in others if other.name != recipe.name and other.ollama.name == recipe.ollama.name]
+    if rivals:
+        raise BadInput(
+            f"ollama.name {recipe.ollama.name!r} of {recipe.name} is also that of {', '.join(rivals)}",
+            "each would replace the other's model: give one of them another name",
+        )
+
+
+def readable_recipes(configs: Path) -> list[Recipe]:
+    """Every recipe of the project that can be read."""
+    found = []
+    for path in recipe_files(configs):
+        with contextlib.suppress(BadInput):
+            found.append(load_recipe(path))
+    return found
 
 
 def json_schema() -> dict[str, Any]:

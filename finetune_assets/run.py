@@ -28,6 +28,7 @@ def run_chain(
         StepFailed: a step failed; the message is the step's own. Or Dagster's history cannot be written.
     """
     import dagster as dg
+    from filelock import FileLock
 
     from finetune_assets.assets.chain import bound, recipe_definitions
     from finetune_assets.assets.events import news
@@ -41,7 +42,10 @@ def run_chain(
     tags = {TARGET_TAG: observe(recipe, project).target, **({FORCE_TAG: "true"} if force else {})}
     try:
         project.home.mkdir(parents=True, exist_ok=True)
-        with dg.DagsterInstance.get() as instance, watching(watcher):
+        with FileLock(project.home / ".instance.lock"):
+            # two first runs at the same moment: both would create Dagster's tables
+            opened = dg.DagsterInstance.get()
+        with opened as instance, watching(watcher):
             end_dead_runs(instance)
             result = job.execute_in_process(
                 instance=instance,

@@ -106,6 +106,11 @@ class MiniProject(Project):
             content[section] = {key: value for key, value in merged.items() if value is not None}
         self.recipe_path(name).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
+    def copy_recipe(self, name: str) -> None:
+        """Another recipe like the first, that serves under a name of its own."""
+        self.recipe_path(name).write_text(self.recipe_path().read_text())
+        self.edit(name, ollama={"name": name})
+
     def write_rows(self, rows: list[dict[str, Any]], name: str = "facts", **dump: Any) -> Path:
         path = self.root / "data" / f"{name}.json"
         path.write_text(json.dumps(rows, ensure_ascii=False, **dump))

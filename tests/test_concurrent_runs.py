@@ -65,7 +65,9 @@ class Running:
     def wait_for(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert self.child.poll() is None and time.monotonic() < deadline, "it ended before that"
+            if self.child.poll() is not None:
+                pytest.fail(f"it ended before that, having said {self.child.communicate()}")
+            assert time.monotonic() < deadline
             time.sleep(0.02)
 
 
@@ -160,7 +162,7 @@ def test_a_file_that_changes_as_it_is_read_is_not_taken_for_what_it_was(mini: Mi
 
 
 def test_two_recipes_on_one_data_set_run_at_the_same_time(chain: Chain, start: Callable[..., Running]):
-    chain.project.recipe_path("second").write_text(chain.project.recipe_path().read_text())
+    chain.project.copy_recipe("second")
     chain.project.edit("second", train={"learning_rate": 5e-3}, ollama={"name": "second"})
     chain.project.edit(train={"learning_rate": 4e-3})
     runs = {name: start(name, "--to", "lora_adapter") for name in ("mini", "second")}

@@ -36,7 +36,7 @@ def test_data_files_and_recipe_values_are_observable_nodes(mini: MiniProject):
 
 
 def test_two_recipes_share_the_node_of_a_data_set_and_nothing_else(mini: MiniProject):
-    mini.recipe_path("second").write_text(mini.recipe_path().read_text())
+    mini.copy_recipe("second")
     graph = load_definitions(mini).resolve_asset_graph()
     readers = {key.to_user_string() for key in graph.get(dg.AssetKey(["datasets", "facts"])).child_keys}
     assert readers == {"mini/raw_dataset", "second/raw_dataset"}
@@ -97,3 +97,14 @@ def test_dagster_validates_the_definitions_and_loads_no_torch(tmp_path):
         "import sys, finetune_assets.definitions; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], env=environment, cwd=REPOSITORY).returncode == 0
+
+
+def test_two_recipes_that_would_serve_under_one_name_are_refused(mini: MiniProject):
+    mini.copy_recipe("second")
+    mini.copy_recipe("third")
+    mini.edit("third", ollama={"name": "mini"})
+    graph = load_definitions(mini).resolve_asset_graph()
+    assert graph.has(dg.AssetKey(["second", "lora_adapter"]))
+    for name, rival in (("mini", "third"), ("third", "mini")):
+        description = str(graph.get(dg.AssetKey([name, "recipe"])).description)
+        assert f"ollama.name 'mini' of {name} is also that of {rival}" in description

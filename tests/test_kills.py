@@ -22,6 +22,7 @@ import pytest
 from finetune_assets.artifacts import CURRENT, STAGING, ArtifactStore
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import open_store
+from finetune_assets.process.launch import GRACE_SECONDS
 from resources.dead_runs import UNFINISHED
 from resources.gpu import POOL
 from tests.conftest import REPOSITORY, MiniProject, make_mini, shared_cache
@@ -30,7 +31,7 @@ from tests.test_chain import FINETUNE, Chain
 KILLS = 30
 SEED = 7
 PATIENCE = 200.0  # seconds that a run may take on a busy machine
-WIND_DOWN = 15.0  # seconds within which nothing of a killed run is left
+WIND_DOWN = GRACE_SECONDS + 5  # seconds within which nothing of a killed run is left
 # Beside what an artifact is: pictures, and a log with times of day.
 LOOKS = {"loss.png", "training_log.jsonl", "size_and_kl.png"}
 WITH_WORKER = ("lora_adapter", "eval_metrics")  # their work is a process of its own
@@ -125,7 +126,9 @@ def running(undisturbed: Chain, tmp_path: Path) -> Iterator[Chain]:
         process.kill()
 
 
-def kill_at(chain: Chain, target: str, asset: str | None, moment: float, log: Path) -> bool:
+def kill_at(
+    chain: Chain, target: str, asset: str | None, moment: float, log: Path, *, with_worker_stopped: bool = False
+) -> bool:
     """Run the recipe and kill the target so many seconds after the asset was begun; False if it was through by then."""
     with log.open("wb") as errors:
         child = subprocess.Popen(
@@ -142,6 +145,9 @@ def kill_at(chain: Chain, target: str, asset: str | None, moment: float, log: Pa
         if target != "cli":
             wait_for(lambda: child.poll() is not None or named(chain, target), PATIENCE)
             victim = named(chain, target)
+    if with_worker_stopped:
+        worker = wait_for(lambda: named(chain, "worker"), PATIENCE)
+        worker.suspend()  # it will neither come to an end nor hear of a SIGTERM
     time.sleep(moment)
     if victim is None or child.poll() is not None or not victim.is_running():
         assert child.wait(PATIENCE) == 0, log.read_text()
@@ -209,7 +215,7 @@ def test_killed_at_any_moment_the_next_run_ends_with_the_same_bytes(
 
     # what the last one killed had begun is cleared without a run, too
     wipe(store, "lora_adapter")
-    assert kill_at(running, "cli", "lora_adapter", 0.1, tmp_path / "log")
+    assert kill_at(running, "cli", "lora_adapter", 0.1, tmp_path / "log", with_worker_stopped=True)
     assert_nothing_half_done(running)
     assert list(store.folder("mini", "lora_adapter").glob(f"{STAGING}*"))
     collected = running.finetune("gc", "--keep", "99")

@@ -204,6 +204,8 @@ class World:
             if record is None or not record.whole or record not in self.built[name]:
                 return False, None
             upstreams[name] = record
+        if any(self.differs(record, upstreams) for record in upstreams.values()) and asset.name not in fresh:
+            return False, None
         inputs = self.inputs_of(asset, upstreams)
         record = self.known(asset, inputs)
         if record is not None and record.whole:
@@ -215,6 +217,15 @@ class World:
         self.built[asset.name].append(record)
         self.current[asset.name] = record
         return True, record
+
+    def differs(self, record: Record, others: Mapping[str, Record]) -> bool:
+        """Was it built of something else than one of the others holds now?"""
+        for name, other in others.items():
+            seen = record.inputs.get(f"from {name}", {})
+            now = {part: other.content.get(f"{part}.txt" if part in PARTS else part) for part in seen}
+            if seen != now or (seen and not set(seen) <= set(PARTS) and set(seen) != set(other.content)):
+                return True
+        return False
 
     def own_inputs_unchanged(self, asset: Asset) -> bool:
         """Has nothing changed of what the asset reads beside its upstreams?"""
@@ -455,6 +466,7 @@ def two(way: str) -> tuple[Asset, Asset]:
 
 
 ONLY_THE_SECOND = ("run", frozenset([1]))
+OVER_THE_SECOND: list[Edit] = [("set", 0, 2), ("run", frozenset([0])), ("run", frozenset([2]))]
 
 
 @settings(
@@ -475,6 +487,8 @@ ONLY_THE_SECOND = ("run", frozenset([1]))
 @example(two("a"), [("harm", 0, 0, 0, "flip"), ONLY_THE_SECOND, ("forget", 0, 0, True), ONLY_THE_SECOND])
 # the upstream has to run, and so has this one in any case
 @example(two("a"), [("tool", 1, "2"), ("set", 0, 1)])
+# two inputs of different ages: the one between was left out
+@example((*two("a"), Asset("asset_2", (), (("asset_0", "a"), ("asset_1", "whole")), (1, 1))), OVER_THE_SECOND)
 def test_what_ran_again_is_what_had_to(assets: tuple[Asset, ...], session: list[Edit]):
     memory = Path("/dev/shm")  # where it is to be had: many small files that need not survive
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:

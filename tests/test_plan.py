@@ -9,16 +9,16 @@ from importlib import metadata
 
 import pytest
 
-from finetune_assets.artifacts import ArtifactStore
+from finetune_assets.artifacts import ArtifactStore, Made
 from finetune_assets.assets.dataset_info import DATASET_INFO
 from finetune_assets.assets.raw_dataset import RAW_DATASET
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.lineage import NODES, upstream_of
-from finetune_assets.materialise import Outcome, materialise
+from finetune_assets.materialise import Outcome, Step, materialise
 from finetune_assets.plan import Planned, make_plan, open_store
 from finetune_assets.recipe_file import load_recipe
 from tests.conftest import MiniProject, rows
-from tests.history_fixtures import make_chain
+from tests.history_fixtures import make_chain, stand_in
 
 BODIES = {"raw_dataset": RAW_DATASET.build, "dataset_info": DATASET_INFO.build}
 
@@ -234,7 +234,7 @@ def test_missing_sources_are_bad_input(mini: MiniProject):
 
 
 def test_two_recipes_on_the_same_data_share_nothing(mini: MiniProject):
-    mini.recipe_path("second").write_text(mini.recipe_path().read_text())
+    mini.copy_recipe("second")
     make_data(mini)
     (mini.root / "base").mkdir(exist_ok=True)
     second = make_plan(load_recipe(mini.recipe_path("second")), mini, open_store(mini))
@@ -247,3 +247,30 @@ def test_the_store_works_without_its_digest_cache(mini: MiniProject):
     (mini.cache / "digests.sqlite").write_bytes(b"this is no database")
     assert states(mini) == ("fresh", "fresh")
     assert store.current("mini", "dataset_info") is not None
+
+
+def test_an_adapter_is_not_scored_on_rows_that_were_held_out_after_it_was_trained(mini: MiniProject):
+    """A partial selection: the data are split anew, the adapter is left as it was, its scores are asked for."""
+    make_chain(mini)
+    mini.edit(dataset={"seed": 43})
+    make_data(mini)
+    recipe = load_recipe(mini.recipe_path())
+    with pytest.raises(StepFailed, match="mini/lora_adapter was made of another dataset_info/train") as caught:
+        materialise("eval_metrics", recipe, mini, stand_in, lambda event: None)
+    assert caught.value.hint == "materialise mini/lora_adapter as well"
+    materialise("lora_adapter", recipe, mini, stand_in, lambda event: None)
+    assert not materialise("eval_metrics", recipe, mini, stand_in, lambda event: None).reused
+
+
+def test_an_adapter_is_not_merged_into_another_base(mini: MiniProject):
+    make_chain(mini)
+    (mini.root / "base" / "config.json").write_text("{}")
+    recipe = load_recipe(mini.recipe_path())
+
+    def other_weights(step: Step) -> Made:
+        (step.staging / "weights.json").write_text("other")
+        return Made({})
+
+    materialise("base_model", recipe, mini, other_weights, lambda event: None)
+    with pytest.raises(StepFailed, match="mini/lora_adapter was made of another base_model than there is now"):
+        materialise("merged_model", recipe, mini, stand_in, lambda event: None)

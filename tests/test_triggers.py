@@ -200,7 +200,7 @@ def test_a_living_run_keeps_its_slot_and_so_does_one_of_another_machine(sensor: 
 
 
 def test_a_recipe_broken_meanwhile_says_so_and_the_others_go_on(sensor: Sensor):
-    sensor.project.recipe_path("second").write_text(sensor.project.recipe_path().read_text())
+    sensor.project.copy_recipe("second")
     sensor.load()
     sensor.project.recipe_path().write_text("dataset: {dataset: [facts], tset_size: 1}")
     with pytest.raises(BadInput, match=r"mini.yaml:1: dataset.tset_size: unknown key; did you mean 'test_size'"):
@@ -242,7 +242,7 @@ def test_the_schedule_skips_when_there_is_nothing_to_do_and_tries_failures_again
     [{"cron": "every day"}, {"cron": "61 3 * * *"}, {"cron": "0 3 * * *", "execution_timezone": "Mars/Olympus"}],
 )
 def test_a_schedule_that_cannot_be_is_one_broken_recipe(mini: MiniProject, wrong: dict[str, str]):
-    mini.recipe_path("second").write_text(mini.recipe_path().read_text())
+    mini.copy_recipe("second")
     mini.edit(schedule=wrong)
     graph = load_definitions(mini).resolve_asset_graph()
     (value,) = [value for key, value in wrong.items() if value != "0 3 * * *"]
