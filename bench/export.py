@@ -3,6 +3,8 @@
 usage: python bench/export.py [RECIPE] [--rounds N]
 
 - merge: against copying the base model's files, and against PEFT's merge_and_unload + save_pretrained
+- merge of 1.5B: random bf16 weights of Qwen2's shape in 4 shards, an adapter on every linear layer; with and without
+  the import of torch, and until all is on the disk (a lineage publishes nothing before)
 - q8_0: against the numpy quantiser of the gguf package
 
 Each pair is measured in turn, N rounds; printed are the medians and the ratio of the medians. Every measurement is a
@@ -13,17 +15,27 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+SHARDS = 4
 
 MERGE = (
     "from finetune_assets.export.merge import merge; "
     "merge(Path(a), Path(b), Path(out), export_size=5, export_dtype='auto')"
 )
+MERGE_1B5 = MERGE.replace("export_size=5", "export_size=0.8")
 COPY = "import shutil; [shutil.copyfile(p, Path(out) / p.name) for p in Path(a).iterdir() if p.is_file()]"
+DURABLE = "; [os.fsync(os.open(p, os.O_RDONLY)) for p in Path(out).iterdir()]"
 PEFT = (
     "from transformers import AutoModelForCausalLM; from peft import PeftModel; import torch;"
     "m = AutoModelForCausalLM.from_pretrained(a, dtype='auto'); "
@@ -38,9 +50,10 @@ NUMPY_Q8 = (
     "        gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0).tofile(out + '/x')"
 )
 TIMER = """
-import resource, sys, time
+import os, resource, sys, time
 from pathlib import Path
 a, b, out = sys.argv[1:4]
+{before}
 started = time.perf_counter()
 {work}
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -48,9 +61,13 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 
 
 def measure(work: str, arguments: Sequence[str]) -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a piece of work in a fresh process; imports count, as a user waits for them."""
+    """Seconds and peak memory (MB) of a piece of work in a fresh process.
+
+    Imports count, as a user waits for them, but for a line at the beginning of the work.
+    """
+    before, _, work = work.rpartition("\n\n")
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-W", "ignore", "-c", TIMER.format(work=work), *arguments, out]
+        command = [sys.executable, "-W", "ignore", "-c", TIMER.format(before=before, work=work), *arguments, out]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, memory = done.stdout.split()[-2:]
     return float(seconds), float(memory)
@@ -70,6 +87,53 @@ def compare(title: str, works: dict[str, str], arguments: Sequence[str], rounds:
         print(f"  {name:<28}{seconds:8.2f} s{memory:9.0f} MB   time ratio of the first to this {first / seconds:.2f}")
 
 
+def make_1b5(folder: Path) -> list[str]:
+    """Base and adapter in the shape of Qwen2-1.5B; their folders."""
+    import torch
+    from safetensors.torch import save_file
+
+    hidden, inner, shared, vocabulary, layers, rank = 1536, 8960, 256, 151936, 28, 8
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (shared, hidden),
+        "self_attn.v_proj": (shared, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    torch.manual_seed(0)
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).mul_(0.02)
+
+    weight_map: dict[str, str] = {}
+    lora: dict[str, torch.Tensor] = {}
+    for number in range(SHARDS):
+        file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
+        tensors = {"model.norm.weight": random(hidden), "model.embed_tokens.weight": random(vocabulary, hidden)}
+        tensors = tensors if number == 0 else {}
+        for layer in range(number * layers // SHARDS, (number + 1) * layers // SHARDS):
+            for name, (rows, width) in matrices.items():
+                module = f"model.layers.{layer}.{name}"
+                tensors[f"{module}.weight"] = random(rows, width)
+                lora[f"base_model.model.{module}.lora_A.weight"] = random(rank, width)
+                lora[f"base_model.model.{module}.lora_B.weight"] = random(rows, rank)
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{layer}.{name}.weight"] = random(hidden)
+        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, base / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (base / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    save_file(lora, adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    return [str(base), str(adapter)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="demo")
@@ -84,6 +148,18 @@ def main() -> None:
     paths = {name: entry["path"] for name, entry in json.loads(listing.stdout).items()}
     model = [paths["base_model"], paths["lora_adapter"]]
     compare("merge", {"ours, shard by shard": MERGE, "copying the files": COPY, "PEFT": PEFT}, model, options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        works = {
+            "copying": COPY,
+            "ours, torch imported": f"import torch\n\n{MERGE_1B5}",
+            "ours": MERGE_1B5,
+            "copying, to the disk": COPY + DURABLE,
+            "ours, to the disk": MERGE_1B5 + DURABLE,
+        }
+        # in a process of its own: what is started from a large one counts its memory as its own
+        with multiprocessing.get_context("spawn").Pool(1) as maker:
+            model = maker.apply(make_1b5, (Path(folder),))
+        compare("merge of 1.5B in 4 shards", works, model, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/f32.gguf"
         convert = (

@@ -12,6 +12,8 @@ from typing import Any
 
 from finetune_assets.digests import DigestCache, digest_of_files, files_below
 from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.export.gguf_file import read_head
+from finetune_assets.export.model_card import write_card
 from finetune_assets.recipe import ModelSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -72,6 +74,20 @@ def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dic
     }
 
 
+def description(model: ModelSection, root: Path) -> dict[str, str]:
+    """What a GGUF file is to say of the base model: name and, where it has them, organisation, revision and address."""
+    match locate(model, root):
+        case Packaged(requirement, file):
+            package, _, version = requirement.partition("==")
+            return {"name": Path(file).stem, "repo_url": f"https://pypi.org/project/{package}/{version}"}
+        case Local(folder):
+            return {"name": folder.name}
+        case Hub(repo_id, revision):
+            owner, _, name = repo_id.rpartition("/")
+            known = {"organization": owner} if owner else {}
+            return {"name": name, **known, "version": revision, "repo_url": f"https://huggingface.co/{repo_id}"}
+
+
 def fetch(
     model: ModelSection, root: Path, cache: Path, out: Path, progress: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -111,11 +127,14 @@ def _unpack(
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    """A GGUF file -> safetensors, config, tokenizer and chat template, in float32."""
+    """A GGUF file -> safetensors, config, tokenizer, chat template and model card, in float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    head = read_head(gguf)
+    stated = {"license": head.get("general.license"), "language": head.get("general.languages")}
+    write_card(out, stated, f"The weights of {gguf.name}, de-quantised. Licence and languages are as that file says.")
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The command line: `finetune run | plan | artifacts | explain | chat | rollback | gc | doctor | schema`.
+"""The command line: `finetune run | plan | artifacts | explain | chat | verify | rollback | gc | doctor | schema`.
 
 Exit codes: 0 done or up to date, 1 a step failed, 2 bad input.
 """
@@ -134,19 +134,36 @@ def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
 def chat(
     recipe: RecipeArgument,
     using: Annotated[
-        str, typer.Option("--with", metavar="MODEL", help="base, adapter, merged, gguf or ollama.")
+        str,
+        typer.Option("--with", metavar="MODEL", help="base, adapter, merged, gguf or ollama; or several: base,ollama."),
     ] = "ollama",
     message: Annotated[str | None, typer.Option("-m", "--message", help="Ask this, print the answer, leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
 ) -> None:
     """Talk to the model at any stage of its making."""
-    from finetune_assets.terminal.conversation import converse, open_engine
+    from finetune_assets.terminal.conversation import converse, open_engines
 
     project, loaded = _load(recipe)
     store = open_store(project)
     found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
-    with open_engine(using, loaded, project, found) as engine:
-        converse(engine, out, system=loaded.system, message=message, max_new_tokens=max_new_tokens)
+    with open_engines(using, loaded, project, found) as engines:
+        converse(engines, out, system=loaded.system, message=message, max_new_tokens=max_new_tokens)
+
+
+@app.command()
+def verify(recipe: RecipeArgument, as_json: Json = False) -> None:
+    """Check that what is served now is what was made."""
+    from finetune_assets.terminal.verification import all_good, print_verification, verification_json
+    from finetune_assets.verify import verify as look
+
+    project, loaded = _load(recipe)
+    found = look(loaded.name, project, open_store(project), _whisper)
+    if as_json:
+        _print_json(verification_json(found))
+    else:
+        print_verification(out, found)
+    if not all_good(found):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -184,9 +201,7 @@ def rollback(
 
     project, loaded = _load(recipe)
     store = open_store(project)
-    served = back.rollback(
-        loaded.name, project, store, lambda event: err.print(event["text"], style="dim", markup=False), to=to
-    )
+    served = back.rollback(loaded.name, project, store, _whisper, to=to)
     facts = served.metrics
     out.print(
         Text(f"{facts['name']} is {served.fingerprint} again, made {tables.moment(served.created)}", style="bold"),
@@ -280,6 +295,12 @@ def _assets(names: list[str]) -> list[str]:
         if name not in NODES:
             raise BadInput(f"--to: unknown asset {name!r}{did_you_mean(name, NODES)}")
     return names
+
+
+def _whisper(event: dict[str, Any]) -> None:
+    """Show what a long command is about, beside its output."""
+    if event["event"] == "message":
+        err.print(event["text"], style="dim", markup=False)
 
 
 def _print_json(value: Any) -> None:

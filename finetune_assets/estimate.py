@@ -303,8 +303,9 @@ def _ollama_model(known: _Known) -> Cost:
     copied = past is not None and past.metrics.get("where") == "server"
     gguf = known.past("gguf_file")
     scale = known.scale(gguf) if gguf is not None else None
-    size = gguf_bytes(known, gguf, scale, known.recipe.served_type) if copied else 0
-    return Cost(_seconds(past), None if size is None else size + LINKED)
+    kinds = set(known.recipe.served.values()) if copied else set()
+    sizes = [gguf_bytes(known, gguf, scale, kind) for kind in kinds]
+    return Cost(_seconds(past), None if None in sizes else sum(size or 0 for size in sizes) + LINKED)
 
 
 COSTS = {

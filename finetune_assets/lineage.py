@@ -69,6 +69,7 @@ NODES: dict[str, Node] = {
         Node(
             "base_model",
             reads=("model.model_name_or_path", "model.model_revision", "model.model_sha256", "model.trust_remote_code"),
+            code_version="2",
         ),
         Node(
             "lora_adapter",
@@ -91,21 +92,33 @@ NODES: dict[str, Node] = {
             tools=lambda: _exactly("jieba", "nltk"),
         ),
         # additions and products of our own in float32: torch rounds them
-        Node("merged_model", reads=("export",), upstreams=(Upstream("base_model"), Upstream("lora_adapter"))),
+        Node(
+            "merged_model",
+            reads=("export",),
+            # the test rows are what it is compared with base and adapter by
+            upstreams=(
+                Upstream("dataset_info", lambda _: ("test",)),
+                Upstream("base_model"),
+                Upstream("lora_adapter"),
+            ),
+            code_version="2",
+        ),
         Node(
             "gguf_file",
-            reads=("gguf",),
+            # the names of base model and data sets are among the files' metadata
+            reads=("gguf", "model.model_name_or_path", "model.model_revision", "dataset.dataset"),
             # the test rows are what files and merged model are compared by
             upstreams=(Upstream("dataset_info", lambda _: ("test",)), Upstream("merged_model")),
             # the converter lays out tensors and metadata, libgguf rounds, llama.cpp (xllamacpp) computes
             tools=lambda: {"converter": converter_version(), **_exactly("libgguf", "xllamacpp")},
-            code_version="2",
+            code_version="3",
         ),
         # what the server makes of it has a digest, which the plan asks for
         Node(
             "ollama_model",
             reads=("ollama", "model.default_system"),
-            upstreams=(Upstream("gguf_file", lambda recipe: (recipe.served_type,)),),
+            upstreams=(Upstream("gguf_file", lambda recipe: tuple(dict.fromkeys(recipe.served.values()))),),
+            code_version="2",
         ),
     )
 }

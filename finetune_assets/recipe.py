@@ -87,6 +87,13 @@ class TrainSection(Section):
     lora_target: str = Field(default="all", description="all (every linear layer), or module names: q_proj,v_proj")
     use_rslora: bool = False
     use_dora: bool = False
+    pissa_init: bool = Field(
+        default=False,
+        description="Start from the weights' principal components; saved as plain LoRA of twice the rank",
+    )
+    pissa_iter: int = Field(
+        default=16, ge=-1, description="Iterations of the fast decomposition for pissa_init; -1: the exact, slow one"
+    )
     cutoff_len: int = Field(default=2048, ge=8, description="Longest row, in tokens; longer ones are cut and counted")
     train_on_prompt: bool = Field(default=False, description="Also learn the user's words")
     mask_history: bool = Field(default=False, description="Learn the last answer of a conversation only")
@@ -115,6 +122,8 @@ class TrainSection(Section):
             raise ValueError("bf16 and fp16 exclude each other")
         if self.train_on_prompt and self.mask_history:
             raise ValueError("train_on_prompt and mask_history exclude each other")
+        if self.pissa_init and self.use_dora:
+            raise ValueError("pissa_init and use_dora exclude each other")
         if self.disable_shuffling and self.group_by_length:
             raise ValueError("disable_shuffling and group_by_length exclude each other")
         return self
@@ -136,6 +145,9 @@ class ExportSection(Section):
     export_size: float = Field(default=5, gt=0, description="Largest safetensors shard, in GB")
     export_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: the base model's own"
+    )
+    export_device: Literal["cpu", "auto"] = Field(
+        default="cpu", description="Where base and adapter are added; auto: on the accelerator, if there is one"
     )
 
 
@@ -165,6 +177,7 @@ class OllamaSection(Section):
     type: str | None = Field(
         default=None, description="The GGUF type that is served; the first of gguf.types if not given"
     )
+    types: Names = Field(default=[], description="GGUF types that are served as well, each as name:TYPE")
     system: str | None = Field(default=None, description="System prompt; model.default_system if not given")
     num_ctx: int = Field(default=2048, ge=64, description="Context window, in tokens")
     stop: Names = Field(default=[], description="Stop texts beside those of the chat template")
@@ -226,12 +239,22 @@ class Recipe(Section):
     def _served_type_is_made(self) -> Recipe:
         if self.ollama.type is not None and self.ollama.type not in self.gguf.types:
             raise ValueError(f"ollama.type {self.ollama.type!r} is not among gguf.types ({', '.join(self.gguf.types)})")
+        for kind in self.ollama.types:
+            if kind not in self.gguf.types:
+                near = did_you_mean(kind, self.gguf.types)
+                raise ValueError(f"ollama.types: {kind!r} is not among gguf.types{near}")
         return self
 
     @property
     def served_type(self) -> str:
-        """The GGUF type that goes to the server."""
+        """The GGUF type that is served under the plain name."""
         return self.ollama.type or self.gguf.types[0]
+
+    @property
+    def served(self) -> dict[str, str]:
+        """Model name with its tag, as the server knows it -> the GGUF type that it gets; latest comes first."""
+        tags = {"latest": self.served_type, **{kind: kind for kind in self.ollama.types}}
+        return {f"{self.ollama.name}:{tag}": kind for tag, kind in tags.items()}
 
     @property
     def system(self) -> str | None:

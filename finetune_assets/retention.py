@@ -19,7 +19,7 @@ from finetune_assets.artifacts import CURRENT, STAGING, Artifact, ArtifactStore
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError
 from finetune_assets.export import ollama_store
-from finetune_assets.export.serving import served_digests, unused_blobs
+from finetune_assets.export.serving import digests_of, served_digests, unused_blobs
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import make_plan
 from finetune_assets.project import Project
@@ -254,16 +254,18 @@ class _Serving:
 
     def reason(self, artifact: Artifact) -> str | None:
         """Why an ollama_model must stay, if it must."""
-        name, digest = artifact.metrics["name"], artifact.metrics["digest"]
-        if name not in self.known:
-            try:
-                self.known[name] = served_digests(name, self.models)
-            except (FinetuneError, OSError):
-                self.known[name] = None
-        served = self.known[name]
-        if served is None:
-            return "the Ollama server cannot be asked"
-        return f"served as {name}" if digest in served else None
+        for name, digest in digests_of(artifact.metrics).items():
+            if name not in self.known:
+                try:
+                    self.known[name] = served_digests(name, self.models)
+                except (FinetuneError, OSError):
+                    self.known[name] = None
+            served = self.known[name]
+            if served is None:
+                return "the Ollama server cannot be asked"
+            if digest in served:
+                return f"served as {name.removesuffix(':latest')}"
+        return None
 
 
 def _sweep(folder: Path, recipe: str, dry_run: bool, done: Collection) -> None:

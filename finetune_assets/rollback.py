@@ -13,7 +13,6 @@ from finetune_assets.export.serving import serve, serving_problem
 from finetune_assets.project import Project
 
 ASSET = "ollama_model"
-RECORDED = ("name", "file", "template", "system", "parameters")
 
 
 def rollback(
@@ -27,6 +26,7 @@ def rollback(
     """Put an earlier model in place, on the server that answers, else in our own store, and make it the current one.
 
     Args:
+        progress: told each stage, in words.
         to: the beginning of its fingerprint; None: the one made before the present one.
 
     Raises:
@@ -38,8 +38,13 @@ def rollback(
     try:
         with store.lock(recipe, ASSET):
             target = _chosen(store, recipe, to)
+            present = store.current(recipe, ASSET)
             place = serve(
-                _weights(store, recipe, target), target.metrics, models=project.ollama_models, progress=progress
+                target.metrics,
+                weights_of(store, recipe, target),
+                before=present.metrics if present is not None else {},
+                models=project.ollama_models,
+                progress=lambda event: progress(event) if event["event"] == "message" else None,
             )
             facts = {**target.metrics, **place}
             if (problem := serving_problem(facts, project.ollama_models)) is not None:
@@ -71,12 +76,12 @@ def _chosen(store: ArtifactStore, recipe: str, to: str | None) -> Artifact:
     return earlier[-1]
 
 
-def _weights(store: ArtifactStore, recipe: str, target: Artifact) -> Path:
-    if missing := [key for key in RECORDED if key not in target.metrics]:
-        raise StepFailed(
-            f"{target.path} was made by an earlier release, which did not record its {missing[0]}",
-            "give the recipe the values of then (its manifest names them), and finetune run",
-        )
+def weights_of(store: ArtifactStore, recipe: str, target: Artifact) -> Path:
+    """The folder of the GGUF files that an ollama_model is made of.
+
+    Raises:
+        StepFailed: they are gone, or damaged.
+    """
     fingerprint = target.inputs["gguf_file"]
     gguf = store.get(recipe, "gguf_file", fingerprint)
     damage = "it is gone" if gguf is None else gguf.damage(store.digests)
@@ -86,4 +91,4 @@ def _weights(store: ArtifactStore, recipe: str, target: Artifact) -> Path:
             f"{recipe}/gguf_file {fingerprint}: {damage}",
             "give the recipe the values of then (the manifests name them), and finetune run makes them again",
         )
-    return gguf.path / target.metrics["file"]
+    return gguf.path

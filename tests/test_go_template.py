@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.errors import StepFailed
 from finetune_assets.export import go_eval
 from finetune_assets.export.go_template import battery, derive, go_data, render_jinja
-from finetune_assets.export.modelfile import modelfile, parameters
+from finetune_assets.export.modelfile import OllamaModel, modelfile, parameters
 from finetune_assets.recipe import OllamaSection
 from tests.export_fixtures import CHATML
 
@@ -128,9 +129,12 @@ def test_modelfile_and_parameters(tmp_path: Path) -> None:
         "num_batch": 64,
         "num_ctx": 64,
     }
-    text = modelfile("./x.gguf", template="{{ .Content }}\n", system='a "b"', parameters=options)
-    assert text.splitlines()[0] == "FROM ./x.gguf"
+    model = OllamaModel("x:latest", Path("x.gguf"), "0" * 64, "{{ .Content }}\n", 'a "b"', options)
+    text = modelfile(model)
+    assert text.splitlines()[0] == "FROM x.gguf"
     assert 'SYSTEM """a "b""""\n' in text
     assert 'PARAMETER stop """###"""\n' in text
-    with pytest.raises(BadInput, match="SYSTEM"):
-        modelfile("x", template="t", system='a """ \nb', parameters={})
+    for system, what in (('a """ \nb', 'a line that ends in """'), ("full\u3000width", "the character U+3000")):
+        text = modelfile(replace(model, system=system))
+        comment = f"# SYSTEM is left out: a Modelfile cannot hold {what}; the served model has it"
+        assert comment in text.splitlines() and "\nSYSTEM" not in text

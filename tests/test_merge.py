@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.export import merge_blocks
 from finetune_assets.export.merge import merge
 from tests.export_fixtures import tiny_adapter, tiny_base
 
@@ -83,6 +86,41 @@ def test_shards_index_and_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
     # A merged folder of several shards is itself a base.
     over = merge(tmp_path / "many", adapter, tmp_path / "over", export_size=5, export_dtype="auto")
     assert over["tensors"] == one["tensors"]
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_blocks_and_threads_change_no_bit(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any], dtype: Any
+) -> None:
+    adapter = tiny_adapter(bases["untied"], tmp_path / "adapter", **kind)
+    threads = torch.get_num_threads()
+    try:
+        for name, count, block in (("whole", 1, 1 << 18), ("blocks", 3, 1 << 10)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(merge_blocks, "BLOCK", block)
+            monkeypatch.setattr(merge_blocks, "PORTION", 4 * block)
+            merge(bases["untied"], adapter, tmp_path / name, export_size=0.0001, export_dtype=dtype)
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "blocks" / file.name).read_bytes(), file.name
+
+
+def test_a_file_system_that_cannot_copy_by_itself(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_adapter(bases["untied"], tmp_path / "adapter", target_modules=["q_proj"])
+    merge(bases["untied"], adapter, tmp_path / "kernel", export_size=5, export_dtype="auto")
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EXDEV, "not across file systems")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    merge(bases["untied"], adapter, tmp_path / "ours", export_size=5, export_dtype="auto")
+    ours, kernel = (tmp_path / name / "model.safetensors" for name in ("ours", "kernel"))
+    assert ours.read_bytes() == kernel.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
-from finetune_assets.export import converter, ollama_store
+from finetune_assets.export import expected as asking
+from finetune_assets.export import ollama_server, ollama_store
+from finetune_assets.export.expected import Expected, expected
 from finetune_assets.export.gguf_file import read_head
-from finetune_assets.export.go_template import from_gguf, render_jinja, special_tokens
-from finetune_assets.export.modelfile import modelfile
+from finetune_assets.export.go_template import render_jinja, special_tokens
+from finetune_assets.export.modelfile import OllamaModel, modelfile
+from finetune_assets.export.ollama_checks import Check, answered, in_store, written
 from finetune_assets.export.ollama_process import find_binary, serving
-from finetune_assets.export.ollama_server import answers, create, digest, parse_host, show
-from finetune_assets.export.quantise import make_types
-from tests.export_fixtures import converter_cache
+from finetune_assets.export.ollama_server import answers, digest, parse_host, show
+from tests.ollama_fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files
 
 SYSTEM = 'You are "Ada" <& co>.\nBe {{ .brief }}. 你好 """'
-PARAMETERS = {
-    "stop": ["<|im_end|>", 'say "no"'],
-    "num_thread": 1,
-    "num_batch": 128,
-    "num_ctx": 128,
-    "temperature": 0.0,
-    "top_p": 0.95,
-}
-LICENSES = ["Apache-2.0 <x>"]
-
-needs_server = pytest.mark.skipif(find_binary() is None, reason="no Ollama here (PATH, OLLAMA_BIN)")
+LICENSES = ("Apache-2.0 <x>",)
+NOTHING = Expected("Hi", 1, "", 0, False)
 
 
 @pytest.mark.parametrize(
@@ -96,13 +92,48 @@ def test_is_a_server_there() -> None:
             answers(host)
 
 
+def test_a_server_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ollama_server, "BUSY", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(StepFailed, match=r"takes connections, but did not answer within 1 seconds\nwait until"):
+            answers(host, 0.5)
+
+
+def test_what_speaks_another_language_is_no_server() -> None:
+    def talk(server: socket.socket) -> None:
+        for words in (b"SSH-2.0-OpenSSH_9.2\r\n", b""):
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(words)
+                connection.recv(1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=talk, args=[server])
+        thread.start()
+        host = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for _ in range(2):
+            with pytest.raises(StepFailed, match="no Ollama server: its answer to /api/version cannot be read"):
+                answers(host)
+        thread.join()
+    with stand_in({"/api/version": {"version": "1"}}) as host, pytest.raises(StepFailed, match="no secure connection"):
+        answers(host.replace("http", "https"))
+
+
 def test_a_failing_server_is_explained(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    given: dict[str, Any] = {"template": "t", "system": None, "parameters": {}}
-    with stand_in({"/api/version": {"version": "1"}}) as host, pytest.raises(StepFailed, match="refused demo"):
-        create(host, "demo", tmp_path / "x.gguf", **given)
+    model = OllamaModel("demo:latest", tmp_path / "x.gguf", "0" * 64, "t", None, {})
+    tags = {"/api/tags": {"models": None}}
+    with (
+        stand_in(tags) as host,
+        pytest.raises(StepFailed, match=r"did not take x.gguf: 404: Not Found\nwhat it served"),
+    ):
+        put(host, model, replies={"demo:latest": NOTHING})
+    blob = {f"/api/blobs/sha256:{'0' * 64}": {}}
+    with stand_in(tags | blob) as host, pytest.raises(StepFailed, match=r"refused demo: .*404"):
+        put(host, model, replies={"demo:latest": NOTHING})
     with pytest.raises(StepFailed, match="was lost while making demo"):
-        create(host, "demo", tmp_path / "x.gguf", **given)
+        put(host, model, replies={"demo:latest": NOTHING})
 
 
 def test_no_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +149,8 @@ def test_no_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def gguf(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    root = tmp_path_factory.mktemp("served")
-    converter.convert(tiny_base, root / "f32.gguf", "f32", converter_cache(request.config), name="tiny")
-    return make_types(root / "f32.gguf", ["q8_0"], root, "tiny")["q8_0"]
+def files(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Files:
+    return tiny_files(smollm2, tmp_path_factory, request.config)
 
 
 @pytest.fixture(scope="module")
@@ -145,72 +174,214 @@ def tokens(base: Path, gguf: Path, messages: list[dict[str, str]]) -> int:
     return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
+def told(events: list[dict[str, Any]]) -> list[str]:
+    return [event["text"] for event in events if event["event"] == "message"]
+
+
+def failed(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.found for check in checks if not check.ok}
+
+
+def client(host: str) -> Any:
+    from ollama import Client
+
+    return Client(host=host, timeout=300, trust_env=False)
+
+
+def test_what_llama_cpp_answers(files: Files, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "QUESTIONS", ("Who are you?",))
+    reply = expected(served(files.f32, system=SYSTEM))
+    conversation = [{"role": "system", "content": SYSTEM}, *reply.messages]
+    assert reply.prompt_tokens == tokens(smollm2, files.f32, conversation)
+    assert 2 < reply.tokens <= asking.ENOUGH and not reply.ends and len(reply.text) > 10
+    # a stop text ends the answer, and is no part of it
+    half = len(reply.text) // 2
+    stop = reply.text[half : half + 4]
+    cut = expected(served(files.f32, system=SYSTEM, parameters={**PARAMETERS, "stop": [stop]}))
+    assert cut.ends and cut.text == reply.text[: reply.text.index(stop)].lstrip() and 0 < cut.tokens <= reply.tokens
+    # nothing is clear to those who ask for too much
+    monkeypatch.setattr(asking, "CLEAR", 1e9)
+    assert expected(served(files.f32)) == Expected(
+        "Who are you?", expected(served(files.f32)).prompt_tokens, "", 0, False
+    )
+
+
+def test_a_question_that_ends_is_preferred(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    (first, second) = ("Who are you?", "What is the capital of France?")
+    monkeypatch.setattr(asking, "QUESTIONS", (second,))
+    said = expected(served(files.f32)).text
+    monkeypatch.setattr(asking, "QUESTIONS", (first, second))
+    assert not expected(served(files.f32)).ends
+    stop = {**PARAMETERS, "stop": [said[-4:]]}
+    found = expected(served(files.f32, parameters=stop))
+    assert (found.question, found.ends) == (second, True)
+
+
+def test_a_system_prompt_that_fills_the_context(files: Files) -> None:
+    model = served(files.q8_0, system="word " * 200, parameters={"num_ctx": 128})
+    with pytest.raises(StepFailed, match=r"take \d+ tokens of a context of 128\nraise ollama.num_ctx"):
+        expected(model)
+
+
 @needs_server
-def test_real_server_and_own_store_agree(tiny_base: Path, gguf: Path, host: str, models: Path, tmp_path: Path) -> None:
-    template = from_gguf(gguf).text
-    given: dict[str, Any] = {
-        "template": template, "system": SYSTEM, "parameters": PARAMETERS, "licenses": LICENSES
-    }  # fmt: skip
-    question = [{"role": "user", "content": "hello you"}]
-    expected = tokens(tiny_base, gguf, [{"role": "system", "content": SYSTEM}, *question])
-    said: list[str] = []
-    made = create(host, "tiny", gguf, **given, probe=question, probe_tokens=expected, progress=said.append)
-    assert said == ["sending the weights", "creating the model", "checking what it serves"]
+def test_real_server_and_own_store_agree(files: Files, smollm2: Path, host: str, models: Path, tmp_path: Path) -> None:
+    options = {"stop": ["<|im_end|>", 'say "no"\u3000'], **PARAMETERS, "temperature": 0.0, "top_p": 0.95}
+    model = served(files.q8_0, system=SYSTEM, parameters=options, licenses=LICENSES)
+    reply = expected(model)
+    assert reply.prompt_tokens == tokens(smollm2, files.q8_0, [{"role": "system", "content": SYSTEM}, *reply.messages])
+    events: list[dict[str, Any]] = []
+    made = put(host, model, replies={model.name: reply}, progress=events.append)[model.name]
+    stages = ["creating tiny:latest", "checking what tiny:latest serves"]
+    assert told(events) == [f"sending tiny-q8_0.gguf, {files.q8_0.stat().st_size / 1e6:.1f} MB", *stages]
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[-1]["step"] == steps[-1]["steps"] == round(files.q8_0.stat().st_size / 1e6)
     assert made.digest == digest(host, "tiny") == ollama_store.read(models, "tiny")
-    assert digest(host, "tiny:staging") is None
+    assert made.previous is None
+    assert set(ollama_server.digests(host)) == {"tiny:latest"}, "no staging tag is left"
     # Our own store: the same blobs. (A server adds to its manifest where on its disk the weights came from.)
-    ours = ollama_store.write(tmp_path / "store", "tiny", gguf, **given)
+    ours = ollama_store.write(tmp_path / "store", [model])[model.name]
     theirs = json.loads(ollama_store.manifest_path(models, "tiny").read_bytes())
     manifest = json.loads(ollama_store.manifest_path(tmp_path / "store", "tiny").read_bytes())
     assert ours.layers == ollama_store.layers_of(theirs)
     assert manifest["config"] == theirs["config"]
     theirs["layers"][0].pop("from", None)
     assert manifest == theirs
+    assert not failed(in_store(tmp_path / "store", model, ours.digest))
     # Again: the weights are there already.
-    said.clear()
-    again = create(host, "tiny", gguf, **given, progress=said.append)
-    assert again.digest == made.digest and "sending the weights" not in said
-    # A second server over our store takes it for its own, and reads the same prompt.
-    from ollama import Client
-
+    events.clear()
+    again = put(host, model, replies={model.name: reply}, progress=events.append)[model.name]
+    assert (again.digest, again.previous) == (made.digest, made.digest)
+    assert told(events) == stages and len(events) == 2
+    # A second server over our store takes it for its own, reads the same prompt, and says the same.
     with serving(tmp_path / "store") as other:
         assert digest(other, "tiny") == ours.digest
-        options = {"temperature": 0, "num_predict": 3}
-        answers_: list[Any] = [
-            Client(host=address).chat(model="tiny", messages=question, options=options) for address in (host, other)
-        ]
-    assert [answer.prompt_eval_count for answer in answers_] == [expected, expected]
-    assert answers_[0].message.content == answers_[1].message.content
+        for address in (host, other):
+            assert not failed(written(show(address, "tiny"), model))
+            assert not failed(answered(client(address), "tiny", reply))
     assert ollama_store.read(tmp_path / "store", "tiny") == ours.digest  # nothing was pruned
 
 
 @needs_server
-def test_real_server_failure_leaves_the_old_model_in_place(gguf: Path, host: str, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"template": from_gguf(gguf).text, "parameters": {"num_ctx": 512, "num_thread": 1}}
-    before = create(host, "kept", gguf, system="one", **given)
-    with pytest.raises(StepFailed, match=r"reads \d+ tokens where training would read 3"):
-        create(host, "kept", gguf, system="two", **given, probe_tokens=3)
-    broken = tmp_path / "broken.gguf"
-    broken.write_bytes(b"no model")
-    with pytest.raises(StepFailed, match="refused kept"):
-        create(host, "kept", broken, system="two", **given)
-    assert digest(host, "kept") == before.digest
-    assert show(host, "kept")["system"] == "one"
-    assert digest(host, "kept:staging") is None
+def test_several_types_under_names_of_their_own(files: Files, host: str) -> None:
+    first = put(host, served(files.f32, "many:latest"), served(files.q8_0, "many:q8_0"))
+    assert ollama_server.digests(host).items() >= {name: made.digest for name, made in first.items()}.items()
+    assert digest(host, "many") != digest(host, "many:q8_0")
+    # one that is wanted no longer goes, if it is still ours; what the owner put there stays
+    retired = {"many:q8_0": first["many:q8_0"].digest, "many:own": "0" * 64}
+    client(host).copy("many:q8_0", "many:own")
+    client(host).copy("many:q8_0", "many:staging-left")
+    second = put(host, served(files.f32, "many:latest", system="Be brief."), retired=retired)
+    assert second["many:latest"].previous == first["many:latest"].digest
+    assert {name for name in ollama_server.digests(host) if name.startswith("many:")} == {"many:latest", "many:own"}
 
 
 @needs_server
-def test_real_server_reads_our_modelfile(gguf: Path, host: str, tmp_path: Path) -> None:
-    binary, template, system = find_binary(), from_gguf(gguf).text, SYSTEM.replace("你好", '你好"""')
+def test_real_server_failure_leaves_the_old_models_in_place(files: Files, host: str, tmp_path: Path) -> None:
+    good, second = served(files.f32, "kept:latest", system="one"), served(files.q8_0, "kept:q8_0", system="one")
+    before = put(host, good, second)
+    replies = {model.name: expected(replace(model, system="two")) for model in (good, second)}
+    changed = [replace(model, system="two") for model in (good, second)]
+    wrong = replace(replies[second.name], prompt_tokens=3)
+    with pytest.raises(StepFailed, match=r"reads \d+ tokens where training would read 3"):
+        put(host, *changed, replies={**replies, second.name: wrong})
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"no model")
+    with pytest.raises(StepFailed, match="refused kept"):
+        put(host, changed[0], replace(second, gguf=broken, sha256=digest_of_file(broken)), replies=replies)
+    with pytest.raises(StepFailed, match=r"did not take broken.gguf: 400: digest mismatch"):
+        put(host, replace(good, gguf=broken, sha256="0" * 64), replies=replies)
+    assert {name: digest(host, name) for name in before} == {name: made.digest for name, made in before.items()}
+    assert {show(host, name)["system"] for name in before} == {"one"}
+    assert {name for name in ollama_server.digests(host) if name.startswith("kept:")} == set(before)
+
+
+@needs_server
+def test_every_difference_has_a_check(files: Files, host: str) -> None:
+    parameters = {**PARAMETERS, "stop": ["<|im_end|>"]}
+    model = served(files.f32, "checked:latest", system="one", parameters=parameters)
+    reply = expected(model)
+    put(host, model, replies={model.name: reply})
+    shown = show(host, model.name)
+    for check, change in {
+        "weights": {"sha256": "0" * 64},
+        "template": {"template": model.template + "\n"},
+        "system": {"system": "one "},
+        "stops": {"parameters": {**parameters, "stop": ["<|im_end|>", "###"]}},
+        "parameters": {"parameters": {**parameters, "num_ctx": 255}},
+    }.items():
+        assert list(failed(written(shown, replace(model, **change)))) == [check]
+    asked = answered(client(host), model.name, reply)
+    assert [check.name for check in asked] == ["prompt tokens", "first tokens", "stops by itself"]
+    assert not failed(asked)
+    assert list(failed(answered(client(host), model.name, replace(reply, prompt_tokens=1)))) == ["prompt tokens"]
+    other = replace(expected(served(files.other, system="one", parameters=parameters)), question=reply.question)
+    assert list(failed(answered(client(host), model.name, other))) == ["first tokens"]
+    # of two models with these words, one says more
+    cut = replace(reply, ends=True)
+    found = failed(answered(client(host), model.name, cut))
+    assert list(found) == ["first tokens", "stops by itself"] and found["stops by itself"] == "it does not (length)"
+
+
+@needs_server
+def test_a_stop_text_ends_the_answer_where_llama_cpp_ends_it(files: Files, host: str) -> None:
+    said = expected(served(files.f32)).text
+    parameters = {**PARAMETERS, "stop": [said[-4:]]}
+    model = served(files.f32, "stops:latest", parameters=parameters)
+    reply = expected(model)
+    assert reply.ends
+    put(host, model, replies={model.name: reply})
+    assert [check.found for check in answered(client(host), model.name, reply)][2] == "it does"
+
+
+TEXTS = [
+    'ends in """',
+    '"""begins',
+    'a line that ends in """\nand goes on',
+    '"""\n"""\n""" ',
+    '""" """',
+    "{{ .System }} {{ end }} {{{ }} {% x %}",
+    "'single' \"double\" `back` \\n \\",
+    "\nnew lines\r\n\tand tabs\n\n",
+    "你好，世界。\u3000全角\u00a0　👨‍👩‍👧\u200b\ufeff",
+    "$HOME %s <|im_end|> <b>&amp;</b> \x7f\x01",
+]
+
+
+@needs_server
+def test_any_text_arrives_as_it_is(files: Files, host: str, tmp_path: Path) -> None:
+    """On the server, in our store, and in the Modelfile, if it can hold it."""
+    binary = find_binary()
     assert binary is not None
-    text = modelfile(str(gguf), template=template, system=system, parameters=PARAMETERS, licenses=LICENSES)
-    (tmp_path / "Modelfile").write_text(text, encoding="utf-8")
-    command = [str(binary), "create", "written", "-f", str(tmp_path / "Modelfile")]
-    environment = {"OLLAMA_HOST": host, "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    written = show(host, "written")
-    assert written["template"] == template
-    assert written["system"] == system
-    assert sorted(line.split(None, 1)[1] for line in written["parameters"].splitlines() if line.startswith("stop")) == [
-        '"<|im_end|>"', '"say \\"no\\""'
-    ]  # fmt: skip
+    held, template = [], served(files.q8_0).template
+    for number, text in enumerate(TEXTS):
+        name = f"text{number}:latest"
+        parameters = {**PARAMETERS, "stop": ["<|im_end|>", text]}
+        model = served(
+            files.q8_0, name, system=text, template="{{ .System }}{{ .Prompt }}" + text, parameters=parameters
+        )
+        (ours,) = ollama_store.write(tmp_path / "store", [model]).values()
+        assert not failed(in_store(tmp_path / "store", model, ours.digest)), text
+        layers = {layer.kind: ollama_store.blob_path(tmp_path / "store", layer.digest) for layer in ours.layers}
+        assert layers["system"].read_bytes() == text.encode()
+        assert json.loads(layers["params"].read_bytes())["stop"] == ["<|im_end|>", text]
+        plain = replace(model, template=template)
+        client(host).create(
+            model=name,
+            files={"x.gguf": f"sha256:{model.sha256}"},
+            template=plain.template,
+            system=text,
+            parameters=parameters,
+        )
+        assert not failed(written(show(host, name), plain)), text
+        file = tmp_path / "Modelfile"
+        file.write_bytes(modelfile(plain).encode())
+        command = [str(binary), "create", f"file{number}", "-f", str(file)]
+        environment = {"OLLAMA_HOST": host, "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        checks = failed(written(show(host, f"file{number}"), plain))
+        if "# SYSTEM is left out" in modelfile(plain):
+            assert set(checks) == {"system", "stops"}, "said, and left out"
+        else:
+            held.append(number)
+            assert not checks, text
+    assert held == [0, 1, 4, 5, 6, 7]

@@ -12,6 +12,7 @@ import pytest
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import ollama_store
 from finetune_assets.export.gguf_file import UINT32, read_head, write_with_head
+from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_store import manifest_path, read, write
 
 
@@ -31,14 +32,20 @@ def gguf(tmp_path: Path) -> Path:
     return path
 
 
-def publish(models: Path, gguf: Path, name: str = "demo", **changes: Any) -> ollama_store.Published:
+def model(gguf: Path, name: str = "demo:latest", **changes: Any) -> OllamaModel:
     given: dict[str, Any] = {
+        "sha256": hashlib.sha256(gguf.read_bytes()).hexdigest(),
         "template": "{{ .Prompt }}",
         "system": "A & B <c> 好\u2028",
         "parameters": {"temperature": 1.0, "stop": ["<|im_end|>"], "num_ctx": 64, "top_p": 0.9},
         "licenses": ["first", "second"],
     }
-    return write(models, name, gguf, **(given | changes))
+    return OllamaModel(name, gguf, **(given | changes))
+
+
+def publish(models: Path, gguf: Path, **changes: Any) -> ollama_store.Published:
+    (made,) = write(models, [model(gguf, **changes)]).values()
+    return made
 
 
 def test_layout_and_bytes(tmp_path: Path, gguf: Path) -> None:
@@ -47,7 +54,7 @@ def test_layout_and_bytes(tmp_path: Path, gguf: Path) -> None:
     place = models / "manifests/registry.ollama.ai/library/demo/latest"
     manifest = json.loads(place.read_bytes())
     assert place.read_bytes().endswith(b"}\n")
-    assert made.digest == hashlib.sha256(place.read_bytes()).hexdigest() == read(models, "demo")
+    assert made.digest == hashlib.sha256(place.read_bytes()).hexdigest() == read(models, "demo:latest")
     assert [layer.kind for layer in made.layers] == ["model", "template", "system", "license", "license", "params"]
     blobs = {path.name for path in (models / "blobs").iterdir()}
     assert blobs == {layer.digest.replace(":", "-") for layer in made.layers} | {
@@ -71,33 +78,68 @@ def test_again_is_the_same_and_another_prompt_another_model(tmp_path: Path, gguf
     other = publish(models, gguf, system=None, parameters={})
     assert other.digest != first.digest
     assert [layer.kind for layer in other.layers] == ["model", "template", "license", "license"]
-    assert read(models, "demo") == other.digest
+    assert read(models, "demo:latest") == other.digest
 
 
 def test_a_store_with_holes_is_not_read_and_is_mended(tmp_path: Path, gguf: Path) -> None:
     models = tmp_path / "models"
-    assert read(models, "demo") is None
+    assert read(models, "demo:latest") is None
     made = publish(models, gguf)
     template = models / "blobs" / made.layers[1].digest.replace(":", "-")
     template.write_text("cut")
-    assert read(models, "demo") is None
+    assert read(models, "demo:latest") is None
     assert publish(models, gguf) == made
-    assert read(models, "demo") == made.digest
+    assert read(models, "demo:latest") == made.digest
     template.unlink()
-    assert read(models, "demo") is None
+    assert read(models, "demo:latest") is None
     manifest_path(models, "demo").write_text("{")
-    assert read(models, "demo") is None
+    assert read(models, "demo:latest") is None
 
 
-def test_copies_where_links_cannot_be_made(tmp_path: Path, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("another file system")
 
     monkeypatch.setattr("os.link", refuse)
+
+
+@pytest.mark.usefixtures("no_links")
+def test_copies_where_links_cannot_be_made(tmp_path: Path, gguf: Path) -> None:
     made = publish(tmp_path / "models", gguf)
     weights = tmp_path / "models/blobs" / made.layers[0].digest.replace(":", "-")
     assert weights.read_bytes() == gguf.read_bytes() and not weights.samefile(gguf)
     assert not list((tmp_path / "models/blobs").glob("partial-*"))
+
+
+@pytest.mark.usefixtures("no_links")
+def test_a_copy_is_checked_on_the_way(tmp_path: Path, gguf: Path) -> None:
+    with pytest.raises(StepFailed, match=r"model\.gguf has changed since it was published"):
+        publish(tmp_path / "models", gguf, sha256="0" * 64)
+    assert not [path for path in (tmp_path / "models").rglob("*") if path.is_file()]
+
+
+def test_several_models_share_their_blobs(tmp_path: Path, gguf: Path) -> None:
+    models = tmp_path / "models"
+    made = write(models, [model(gguf), model(gguf, "demo:q8_0"), model(gguf, "demo:other", system="another")])
+    assert list(made) == ["demo:latest", "demo:q8_0", "demo:other"]
+    assert made["demo:latest"].digest == made["demo:q8_0"].digest != made["demo:other"].digest
+    assert {read(models, name) for name in made} == {one.digest for one in made.values()}
+    assert not ollama_store.unreferenced(models)
+    ollama_store.remove(models, "demo:other")
+    ollama_store.remove(models, "demo:other")
+    assert read(models, "demo:other") is None and read(models, "demo:latest") == made["demo:latest"].digest
+    assert len(ollama_store.unreferenced(models)) == 2, "its system message and its configuration"
+
+
+def test_no_name_moves_before_all_blobs_are_there(tmp_path: Path, gguf: Path) -> None:
+    models = tmp_path / "models"
+    before = publish(models, gguf)
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF")
+    with pytest.raises(StepFailed, match="no GGUF file"):
+        write(models, [model(gguf, system="new"), model(broken, "demo:q8_0")])
+    assert read(models, "demo:latest") == before.digest
 
 
 @pytest.mark.parametrize(

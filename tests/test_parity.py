@@ -21,7 +21,8 @@ from finetune_assets.errors import StepFailed
 from finetune_assets.export import parity
 from finetune_assets.export.converter import convert
 from finetune_assets.export.gguf_file import BOOL, STRING, UINT32, Head, read_head, write_with_head
-from finetune_assets.export.parity import Figures, Reference, divergence, examine, judge, prove, refer, shares
+from finetune_assets.export.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
+from finetune_assets.export.parity import Figures, Reference, divergence, examine, judge, prove, refer
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.export.probe import Distribution
 from finetune_assets.export.quantise import make_types
@@ -92,7 +93,7 @@ def findings(kind: str, file: Path, reference: Reference) -> tuple[Figures | Non
 def test_good_files_pass_every_check(kind: str, files: dict[str, Path], reference: Reference) -> None:
     figures, failed = findings(kind, files[kind], reference)
     assert failed == set()
-    assert figures is not None and figures.points == parity.POINTS
+    assert figures is not None and figures.points == POINTS
     assert 0.9 < figures.ppl_ratio < 1.1
     assert figures.kl < {"f32": 1e-4, "f16": 1e-4, "q8_0": 0.01, "q4_k_m": 0.2}[kind], "limits have room"
 
@@ -247,7 +248,7 @@ def test_without_held_out_rows_words_of_our_own_are_compared(
 ) -> None:
     (tmp_path / "test.jsonl").write_text("")
     reference = refer(merged, tmp_path / "test.jsonl", choose_device(kind="cpu"))
-    assert len(reference.prompts) == len(parity.BUILT_IN)
+    assert len(reference.prompts) == len(BUILT_IN)
     figures, failures = examine(files["f16"], reference)
     assert figures is not None and not failures
 
@@ -255,16 +256,16 @@ def test_without_held_out_rows_words_of_our_own_are_compared(
 def test_points_are_chosen_by_content(merged: Path, held_out: Path) -> None:
     chat = load_chat(merged)
     rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines()]
-    chosen = parity.choose(rows, chat)
-    assert chosen == parity.choose(rows[::-1], chat)
-    assert sum(len(conversation.points) for conversation in chosen) == parity.POINTS
+    chosen = pick(rows, chat, CONVERSATIONS, POINTS, 512)
+    assert chosen == pick(rows[::-1], chat, CONVERSATIONS, POINTS, 512)
+    assert sum(len(conversation.points) for conversation in chosen) == POINTS
     for conversation in chosen:
         (prompt, ids), text = conversation.prompt, chat.tokenizer.decode(conversation.ids)
         assert prompt[-1]["role"] == "user" and conversation.ids[: len(ids)] == ids
         assert all(at >= len(ids) for at in conversation.places), text
         assert conversation.places == sorted(set(conversation.places))
     many = [{"id": f"{number:03}", "messages": rows[0]["messages"]} for number in range(40)]
-    assert len(parity.choose(many, chat)) == parity.CONVERSATIONS
+    assert len(pick(many, chat, CONVERSATIONS, POINTS, 512)) == CONVERSATIONS
 
 
 def test_shares() -> None:
@@ -299,13 +300,13 @@ def test_a_merged_model_too_large_for_float32_is_computed_as_it_is_stored(merged
     from safetensors.torch import load_file, save_file
 
     device = choose_device(kind="cpu")
-    assert parity.suited(device, merged).precision == "fp32"
+    assert suited(device, merged).precision == "fp32"
     weights = load_file(merged / "model.safetensors")
     halves = {name: tensor.bfloat16() for name, tensor in weights.items()} | {"model.norm.weight": torch.ones(256)}
     save_file(halves, tmp_path / "model.safetensors")
-    assert parity.suited(device, tmp_path).precision == "fp32"
+    assert suited(device, tmp_path).precision == "fp32"
     need = sum(tensor.numel() for tensor in weights.values()) * 4 / 2**30
-    assert parity.suited(dataclasses.replace(device, memory_gib=need), tmp_path).precision == "bf16"
+    assert suited(dataclasses.replace(device, memory_gib=need), tmp_path).precision == "bf16"
 
 
 def test_the_picture_is_small_and_the_same_every_time(tmp_path: Path) -> None:
@@ -347,7 +348,10 @@ def test_what_is_made_and_measured_again_when() -> None:
         wanted = made | {
             key: {**made[key], **change} if isinstance(change, dict) else change for key, change in changes.items()
         }
-        assert _kept(previous, wanted) in ({}, files) and _recorded(previous, wanted) in ({}, {"q8_0": figures})
+        assert _kept(previous, wanted) in ({}, files) and _recorded(previous, wanted) in (
+            {},
+            {"q8_0": dataclasses.asdict(figures)},
+        )
         return not _kept(previous, wanted), not _recorded(previous, wanted)
 
     assert again() == (False, False)

@@ -51,12 +51,14 @@ def three(mini: MiniProject) -> list[Artifact]:
 def test_the_one_before_with_the_very_bytes(mini: MiniProject, three: list[Artifact]):
     assert served(mini) == three[2].metrics["digest"] and system(mini) is None
     for expected, said in ((three[1], "Two"), (three[0], "One & only <1>")):
+        before = served(mini)
         made = back(mini)
         assert made.fingerprint == expected.fingerprint
         assert served(mini) == expected.metrics["digest"] == made.metrics["digest"]
         assert system(mini) == said
         current = store_of(mini).current("mini", "ollama_model")
-        assert current is not None and current.manifest == expected.manifest
+        metrics = {**expected.metrics, "previous": {"mini:latest": before}}
+        assert current is not None and current.manifest == {**expected.manifest, "metrics": metrics}
     with pytest.raises(StepFailed, match=f"no model of mini was made before {three[0].fingerprint}\nsay --to; made"):
         back(mini)
     assert served(mini) == three[0].metrics["digest"]
@@ -101,7 +103,7 @@ def test_what_its_weights_came_from_is_gone_or_damaged(mini: MiniProject, three:
     store = store_of(mini)
     gguf = store.get("mini", "gguf_file", three[1].inputs["gguf_file"])
     assert gguf is not None
-    weights = gguf.path / three[1].metrics["file"]
+    weights = gguf.path / three[1].metrics["models"]["mini:latest"]["file"]
     weights.write_bytes(weights.read_bytes()[:-4])
     with pytest.raises(StepFailed, match=f"gguf_file {gguf.fingerprint}: mini-f16.gguf has .* bytes instead of"):
         back(mini)
@@ -124,7 +126,7 @@ def test_what_is_served_has_to_be_it(mini: MiniProject, three: list[Artifact], m
     put = serving.serve
 
     def serve(*arguments, **named):
-        return {**put(*arguments, **named), "digest": "0" * 64}
+        return {**put(*arguments, **named), "digests": {"mini:latest": "0" * 64}}
 
     monkeypatch.setattr("finetune_assets.rollback.serve", serve)
     with pytest.raises(StepFailed, match=r"was put in place, but .* serves another mini"):

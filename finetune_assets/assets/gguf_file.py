@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from finetune_assets import base_model
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf_types import make_gguf
@@ -33,6 +34,10 @@ def build(step: Step) -> Made:
         gguf.types,
         step.staging,
         name=step.recipe.name,
+        about={
+            "general.base_models": [base_model.description(step.recipe.model, step.project.root)],
+            "general.datasets": [{"name": name} for name in step.recipe.dataset.dataset],
+        },
         cache=step.project.cache,
         kept=_kept(step.previous, step.ingredients),
         progress=step.progress,
@@ -72,7 +77,7 @@ def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Pat
 
 def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The previous artifact's figures, if its files are kept and nothing else has changed that they depend on."""
-    if previous is None:
+    if previous is None or not _kept(previous, wanted):
         return {}
     made = previous.manifest["ingredients"]
     if any(made[key] != wanted[key] for key in wanted if key != "recipe"):
@@ -83,7 +88,9 @@ def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str,
 
 def _bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
     whole = {key: value for key, value in ingredients.items() if key not in ("recipe", *DECIDES_BYTES)}
-    return whole | {key: [ingredients[key].get(name) for name in names] for key, names in DECIDES_BYTES.items()}
+    told = {key: value for key, value in ingredients["recipe"].items() if not key.startswith("gguf.")}  # metadata
+    parts = {key: [ingredients[key].get(name) for name in names] for key, names in DECIDES_BYTES.items()}
+    return whole | parts | {"told": told}
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

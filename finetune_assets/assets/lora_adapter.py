@@ -9,6 +9,7 @@ import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, figure
+from finetune_assets.export.preflight import check_exportable
 from finetune_assets.materialise import Step
 from resources.gpu import POOL
 
@@ -30,10 +31,11 @@ FIGURES = {
 
 
 def build(step: Step) -> Made:
-    data = step.inputs["dataset_info"].path
+    data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
+    check_exportable(base.path, base.data_version, step.project.cache, step.progress)
     job = {
         "task": "train",
-        "base": str(step.inputs["base_model"].path),
+        "base": str(base.path),
         "out": str(step.staging),
         "rows": str(data / "train.jsonl"),
         "validation": str(data / "validation.jsonl"),

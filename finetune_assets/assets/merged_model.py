@@ -3,35 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
-from finetune_assets.assets.step_asset import StepAsset, figure
-from finetune_assets.export.merge import merge
+from finetune_assets.assets.step_asset import StepAsset, figure, table
+from finetune_assets.errors import StepFailed
 from finetune_assets.materialise import Step
+from resources.gpu import POOL
 
 
 def build(step: Step) -> Made:
-    section = step.recipe.export
-    return Made(
-        merge(
-            step.inputs["base_model"].path,
-            step.inputs["lora_adapter"].path,
-            step.staging,
-            export_size=section.export_size,
-            export_dtype=section.export_dtype,
-            progress=step.progress,
+    adapter, base = step.inputs["lora_adapter"], step.inputs["base_model"]
+    if adapter.manifest["ingredients"]["upstreams"]["base_model"] != base.data_version:
+        raise StepFailed(
+            f"{step.recipe.name}/lora_adapter {adapter.fingerprint} was trained on another base model than "
+            f"{base.fingerprint}, the one of the recipe",
+            f"materialise {step.recipe.name}/lora_adapter first",
         )
-    )
+    job = {
+        "task": "merge",
+        "out": str(step.staging),
+        "base": str(base.path),
+        "adapter": str(adapter.path),
+        "held_out": str(step.inputs["dataset_info"].path / "test.jsonl"),
+        "export": step.recipe.export.model_dump(),
+        "model": step.recipe.model.model_dump(),
+    }
+    return Made(step.launch(job))
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     size = sum(record["size"] for name, record in artifact.manifest["files"].items() if name.endswith(".safetensors"))
+    facts = dict(artifact.metrics)
+    check = facts.pop("check", None)
     return {
         "weights (MB)": dg.MetadataValue.float(round(size / 1e6, 1)),
-        **{key: figure(value) for key, value in artifact.metrics.items()},
+        **({"merged against base + adapter": table([_row(check)])} if check else {}),
+        **{key: figure(value) for key, value in facts.items()},
         "serve it": dg.MetadataValue.md(f"```\nvllm serve {artifact.path}\n```"),
+    }
+
+
+def _row(check: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "distance of the logits": check["difference"],
+        "allowed": check["allowed"],
+        "what the adapter changes": check["effect"],
+        "places compared": check["places"],
+        "weight tensors compared": check["weights_compared"],
+        "computed in": check["precision"],
+        "on": check["device"],
     }
 
 
@@ -39,9 +62,11 @@ MERGED_MODEL = StepAsset(
     name="merged_model",
     description=(
         "W + scale·BA for every adapted layer, streamed from shard to shard, always into the unquantised base that "
-        "was trained on; with the tokenizer and the chat template that it was trained with."
+        "was trained on; with the tokenizer and the chat template that it was trained with. Published only if "
+        "it computes what base and adapter compute together, on held-out rows, to within the rounding of its weights."
     ),
     kinds={"huggingface", "pytorch"},
+    pool=POOL,
     build=build,
     describe=describe,
 )

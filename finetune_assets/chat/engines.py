@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Iterator
-from contextlib import closing
+import time
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from queue import Queue
@@ -28,9 +28,13 @@ Messages = list[dict[str, str]]
 
 
 class Engine(Protocol):
-    """Something that answers. `stream` yields the answer in pieces as they come; `close` frees the model's memory."""
+    """Something that answers. `stream` yields the answer in pieces as they come; `close` frees the model's memory.
+
+    `speed` is that of the last whole answer: tokens per second of writing, without the reading of the prompt.
+    """
 
     name: str
+    speed: float | None
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
         """The answer, piece by piece. Leaving the iteration early ends the generation.
@@ -55,6 +59,7 @@ class TransformersEngine:
 
     def __init__(self, folder: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False):
         self.name = f"{folder.name} + {adapter.name}" if adapter else folder.name
+        self.speed: float | None = None
         self._chat = load_chat(adapter or folder, trust_remote_code=trust_remote_code)
         self._model: Any = load_model(folder, adapter, device, trust_remote_code=trust_remote_code)
 
@@ -72,7 +77,11 @@ class TransformersEngine:
         most = max_new_tokens if room is None else min(max_new_tokens, room - len(prompt))
         said: list[int] = []
         shown = ""
+        began = None
         for [(_, token)] in greedy_steps(self._model, [prompt], self._chat.stop_token_ids, most):
+            now = time.monotonic()
+            began = began or now  # the first token came with the reading of the prompt
+            self.speed = len(said) / (now - began) if now > began else None
             if token in self._chat.stop_token_ids:
                 break
             said.append(token)
@@ -110,6 +119,7 @@ class GgufEngine:
         if not path.is_file():
             raise StepFailed(f"{path}: there is no such GGUF file", "materialise gguf_file, or check the path")
         self.name = path.stem
+        self.speed: float | None = None
         xllamacpp: Any = import_module("xllamacpp")  # a compiled module without type stubs
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -163,30 +173,20 @@ class GgufEngine:
         try:
             while (event := events.get()) is not None:
                 yield from _piece(event)
+                if isinstance(event, dict) and "timings" in event:
+                    self.speed = event["timings"].get("predicted_per_second")
         finally:
             left.set()
             worker.join()
 
-    def complete(self, messages: Messages, *, max_new_tokens: int) -> dict[str, Any]:
+    def complete(self, messages: Messages, *, max_new_tokens: int, stop: Sequence[str] = ()) -> dict[str, Any]:
         """The whole greedy answer as llama.cpp's chat completion object, token counts included."""
-        return self._server.handle_chat_completions(
-            {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "reasoning_format": "none"}
-        )
+        request = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stop": list(stop)}
+        return self._server.handle_chat_completions({**request, "reasoning_format": "none"})
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._server = None
-
-
-def prompt_tokens(gguf: Path, messages: Messages) -> int:
-    """How many tokens llama.cpp reads for these messages, rendered by the file's own chat template.
-
-    Raises:
-        StepFailed: llama.cpp cannot load the file.
-    """
-    with closing(GgufEngine(gguf)) as engine:
-        reply = engine.complete(messages, max_new_tokens=1)
-    return int(reply["usage"]["prompt_tokens"])
 
 
 def _piece(event: dict[str, Any] | Exception) -> Iterator[str]:
@@ -216,6 +216,7 @@ class OllamaEngine:
         import ollama
 
         self.name = name
+        self.speed: float | None = None
         self._host = host
         # A proxy from the environment is for the world outside, and would answer for a local server.
         self._client = ollama.Client(host=host, timeout=timeout, trust_env=not is_loopback(host))
@@ -232,6 +233,8 @@ class OllamaEngine:
             for part in self._client.chat(model=self.name, messages=messages, stream=True, options=options):
                 if part.message.content:
                     yield part.message.content
+                if part.eval_count and part.eval_duration:
+                    self.speed = part.eval_count / part.eval_duration * 1e9
         except ollama.ResponseError as error:
             hint = (
                 "materialise ollama_model, or see `ollama list` for the names there"

@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.chat_metadata import corrected
@@ -69,11 +70,18 @@ def natural_type(hf_dir: Path) -> OutType:
     return "f16" if stored == {"F16"} else "f32"
 
 
-def convert(hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name: str) -> None:
-    """Convert the model in `hf_dir` to `out_file`; `name` is the model's name in the file's metadata.
+def convert(
+    hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name: str, about: Mapping[str, Any] | None = None
+) -> None:
+    """Convert the model in `hf_dir` to `out_file`.
 
-    Begin-of-text and end-of-turn tokens are made to fit the chat template and chat.json (see chat_metadata). The same
-    folder gives the same bytes wherever it lies. No network is used but for fetching the converter itself.
+    Args:
+        name: the model's name in the file's metadata.
+        about: what else they say, by the converter's names: general.base_models, general.datasets (lists of objects).
+
+    Licence and languages are taken from the folder's model card. Begin-of-text and end-of-turn tokens are made to fit
+    the chat template and chat.json (see chat_metadata). The same folder gives the same bytes wherever it lies. No
+    network is used but for fetching the converter itself.
 
     Raises:
         StepFailed: the converter does not know the architecture or the tokenizer, or failed otherwise.
@@ -85,22 +93,10 @@ def convert(hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name
         model = Path(temporary) / "model"
         model.symlink_to(hf_dir.resolve(), target_is_directory=True)
         made = Path(temporary) / "model.gguf"
-        options = ["--outfile", str(made), "--outtype", outtype, "--model-name", name]
+        options = ["--outtype", outtype, "--model-name", name]
         metadata = Path(temporary) / "metadata.json"
-        metadata.write_text(json.dumps({"general.name": name, "general.basename": name}))
-        command = [sys.executable, str(scripts / SCRIPT), str(model), *options, "--metadata", str(metadata)]
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(scripts),
-        )
-        if done.returncode != 0 or not made.is_file():
-            raise _explained(done.stdout, done.returncode, hf_dir)
+        metadata.write_text(json.dumps({"general.name": name, "general.basename": name, **(about or {})}))
+        _run(scripts, model, [*options, "--metadata", str(metadata)], made, hf_dir)
         head = read_head(made)
         chat = hf_dir / "chat.json"
         fitting = corrected(head, json.loads(chat.read_text()).get("stop_token_ids", []) if chat.is_file() else [])
@@ -109,6 +105,32 @@ def convert(hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name
             write_with_head(made, fitting, fitted)
             made = fitted
         made.replace(out_file)
+
+
+def read_vocabulary(hf_dir: Path, cache: Path) -> None:
+    """Have the converter do all but the weights: seconds, whatever the size of the model.
+
+    Raises:
+        StepFailed: it does not know the architecture or the tokenizer, or failed otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="finetune-preflight-") as temporary:
+        _run(converter_dir(cache), hf_dir, ["--vocab-only", "--outtype", "f32"], Path(temporary) / "x.gguf", hf_dir)
+
+
+def _run(scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path) -> None:
+    """Run the script on the folder `model`, which is called `hf_dir` when it is spoken of; StepFailed if it fails."""
+    done = subprocess.run(
+        [sys.executable, str(scripts / SCRIPT), str(model), "--outfile", str(made), *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        env=_environment(scripts),
+    )
+    if done.returncode != 0 or not made.is_file():
+        raise _explained(done.stdout, done.returncode, hf_dir)
 
 
 def _checkout() -> Path | None:
@@ -149,14 +171,14 @@ def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
     """The converter's failure in one sentence, with its last lines where we do not know better."""
     if unknown := re.search(r"Model (\S+) is not supported", output):
         return StepFailed(
-            f"llama.cpp's converter does not know the architecture {unknown[1]} ({hf_dir})",
+            f"llama.cpp's converter ({converter_version()}) does not know the architecture {unknown[1]} ({hf_dir})",
             "choose another base model, or set LLAMA_CPP_DIR to a newer llama.cpp",
         )
     if "pre-tokenizer was not recognized" in output:
         found = re.search(r"chkhsh:\s+([0-9a-f]{64})", output)
         name = found[1] if found else "not given"
         return StepFailed(
-            f"llama.cpp's converter does not know the tokenizer of {hf_dir} (hash {name})",
+            f"llama.cpp's converter ({converter_version()}) does not know the tokenizer of {hf_dir} (hash {name})",
             "the tokenizer is not the one its model came with, or is newer than the converter: set LLAMA_CPP_DIR",
         )
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]

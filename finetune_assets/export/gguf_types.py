@@ -16,6 +16,7 @@ def make_gguf(
     out: Path,
     *,
     name: str,
+    about: Mapping[str, Any],
     cache: Path,
     kept: Mapping[str, Path],
     progress: Callable[[dict[str, Any]], None],
@@ -24,7 +25,7 @@ def make_gguf(
 
     Args:
         merged: Hugging Face folder with the chat template to embed.
-        name: the model's name in the files' metadata.
+        name, about: the model's name, and what else the files' metadata say; see `convert`.
         cache: where the converter is kept.
         kept: files made earlier of the same model by the same tools: type -> path.
 
@@ -42,7 +43,7 @@ def make_gguf(
             source = kept[full]
         else:
             progress({"event": "message", "text": f"converting to GGUF ({full})"})
-            convert(merged, source, full, cache, name=name)
+            convert(merged, source, full, cache, name=name, about=about)
         for number, kind in enumerate(missing, 1):
             progress({"event": "message", "text": f"making {kind} ({number} of {len(missing)})"})
             if (out / f"{name}-{kind}.gguf") != source:

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model, tensor by tensor: memory is one tensor's, not one model's.
+"""Merge a LoRA adapter into its base model, a few rows at a time: memory is some blocks of them, not one model's.
 
 Covers LoRA, rsLoRA and DoRA on linear layers, and modules saved whole; the arithmetic and its order are PEFT's, so
 that the result in float32 equals `merge_and_unload` bit for bit. Any other adapter goes through PEFT itself, with the
@@ -12,16 +12,15 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from finetune_assets.errors import BadInput, StepFailed
-from finetune_assets.export.shards import FLOATS, Checkpoint, Spec, in_file_order, plan_shards, write_index, write_shard
-
-if TYPE_CHECKING:
-    import torch
+from finetune_assets.export.merge_blocks import Origin, Update, write_shards
+from finetune_assets.export.model_card import read_card, write_card
+from finetune_assets.export.shards import FLOATS, Checkpoint, Spec, in_file_order, plan_shards, write_index
 
 ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Progress = Callable[[dict[str, Any]], None]
@@ -45,19 +44,6 @@ class NeedsPeft(Exception):
 
 
 @dataclass(frozen=True)
-class Update:
-    """What happens to one base weight W of shape (out, in): W + scale * B A, then DoRA's magnitude where there is one.
-
-    `a`, `b` and `magnitude` are names of adapter tensors of shapes (r, in), (out, r) and (out,).
-    """
-
-    a: str
-    b: str
-    magnitude: str | None
-    scale: float
-
-
-@dataclass(frozen=True)
 class Plan:
     """All tensors of the merged model, and where each comes from."""
 
@@ -74,6 +60,7 @@ def merge(
     *,
     export_size: float,
     export_dtype: ExportDtype,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `base` with `adapter` merged into it as a Hugging Face folder to `out`.
@@ -81,6 +68,7 @@ def merge(
     Args:
         export_size: largest shard, in GB (10^9 bytes).
         export_dtype: dtype of the floating-point weights; "auto" keeps each tensor's own.
+        device: torch's name of where to compute; elsewhere than on the CPU sums may be rounded otherwise.
         progress: called with {"event": "step", "step": tensors written, "steps": all of them}.
 
     Returns:
@@ -91,15 +79,15 @@ def merge(
         StepFailed: files are missing or damaged, or a merged weight is not finite.
     """
     started = time.perf_counter()
-    config = _read_json(base / "config.json")
-    adapter_config = _read_json(adapter / "adapter_config.json")
+    config = read_json(base / "config.json")
+    adapter_config = read_json(adapter / "adapter_config.json")
     refuse_quantised(config, base)
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any]
     try:
-        report = _stream(base, adapter, out, config, adapter_config, export_size, export_dtype, progress)
+        report = _stream(base, adapter, out, config, adapter_config, export_size, export_dtype, device, progress)
     except NeedsPeft as reason:
-        done = _merge_with_peft(base, adapter, out, export_size, export_dtype)
+        done = _merge_with_peft(base, adapter, out, export_size, export_dtype, device)
         report = {"method": "peft", "reason": str(reason)} | done
     _copy_companions(base, adapter, out, config, report.pop("tied"), export_dtype)
     return report | {"seconds": round(time.perf_counter() - started, 3)}
@@ -123,6 +111,7 @@ def _stream(
     adapter_config: dict[str, Any],
     export_size: float,
     export_dtype: ExportDtype,
+    device: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
     _check_understood(adapter_config)
@@ -133,16 +122,17 @@ def _stream(
         shards = {file: in_file_order(part) for file, part in plan_shards(specs, int(export_size * 1e9)).items()}
         done = 0
 
-        def tensors(part: list[Spec]) -> Iterator[tuple[Spec, torch.Tensor]]:
+        def count() -> None:
             nonlocal done
-            for spec in part:
-                yield spec, _merged(spec, plan, weights, lora)
-                done += 1
-                if progress is not None:
-                    progress({"event": "step", "step": done, "steps": len(specs)})
+            done += 1
+            if progress is not None:
+                progress({"event": "step", "step": done, "steps": len(specs)})
 
-        for file, part in shards.items():
-            write_shard(out / file, tensors(part), part)
+        origins = {
+            out / file: [(spec, _origin(spec.name, plan, weights, lora)) for spec in part]
+            for file, part in shards.items()
+        }
+        write_shards(origins, lora, device, count)
     write_index(out, shards)
     return {
         "method": "streamed",
@@ -237,12 +227,16 @@ def _check_shapes(plan: Plan, weights: Checkpoint, lora: Checkpoint) -> None:
         a, b = lora.spec(update.a).shape, lora.spec(update.b).shape
         if len(shape) != 2 or len(a) != 2:
             raise NeedsPeft(f"{target} is no matrix")
+        if (dtype := weights.spec(plan.source[target]).dtype) not in FLOATS.values():
+            raise NeedsPeft(f"{target} is stored as {dtype}")
         sizes = [(update.a, a, (a[0], shape[1])), (update.b, b, (shape[0], a[0]))]
         if update.magnitude is not None:
             sizes.append((update.magnitude, lora.spec(update.magnitude).shape, (shape[0],)))
         for name, has, wants in sizes:
             _same_shape(name, has, wants, weights, lora)
     for target, name in plan.replaced.items():
+        if not {lora.spec(name).dtype, weights.spec(plan.source[target]).dtype} <= set(FLOATS.values()):
+            raise NeedsPeft(f"{name} or what it replaces is neither float32 nor a 16-bit float")
         _same_shape(name, lora.spec(name).shape, weights.spec(plan.source[target]).shape, weights, lora)
 
 
@@ -254,6 +248,13 @@ def _same_shape(name: str, has: tuple[int, ...], wants: tuple[int, ...], weights
         )
 
 
+def _origin(name: str, plan: Plan, weights: Checkpoint, lora: Checkpoint) -> Origin:
+    update = plan.updates.get(name)
+    if (replacement := plan.replaced.get(name)) is not None:
+        return Origin(lora, replacement, update)
+    return Origin(weights, plan.source[name], update)
+
+
 def _spec(plan: Plan, weights: Checkpoint, name: str, export_dtype: ExportDtype) -> Spec:
     stored = weights.spec(plan.source[name])
     cast = export_dtype != "auto" and stored.dtype in FLOATS.values()
@@ -261,44 +262,8 @@ def _spec(plan: Plan, weights: Checkpoint, name: str, export_dtype: ExportDtype)
     return Spec(name, dtype, stored.shape)
 
 
-def _merged(spec: Spec, plan: Plan, weights: Checkpoint, lora: Checkpoint) -> torch.Tensor:
-    """The tensor as it is written: computed in float32, then cast. The order of operations is PEFT's."""
-    import torch
-
-    if spec.dtype not in FLOATS.values():  # masks, codes and the like: never trained, never cast
-        return weights.tensor(plan.source[spec.name])
-    dtype = {stored: getattr(torch, name) for name, stored in FLOATS.items()}[spec.dtype]
-    if (replacement := plan.replaced.get(spec.name)) is not None:
-        weight = lora.tensor(replacement)
-    else:
-        weight = weights.tensor(plan.source[spec.name])
-    if (update := plan.updates.get(spec.name)) is None:
-        untouched = replacement is None and weight.dtype == dtype
-        return weight if untouched else _finite(weight.to(dtype), spec)
-    weight = weight.float()
-    delta = (lora.tensor(update.b).float() @ lora.tensor(update.a).float()) * update.scale
-    if update.magnitude is None:
-        return _finite((weight + delta).to(dtype), spec)
-    # DoRA (arXiv 2402.09353, eq. 5): the direction of W + BA, the length from the magnitude.
-    merged = weight + delta
-    factor = lora.tensor(update.magnitude).float() / torch.linalg.norm(merged, dim=1)
-    return _finite((factor.view(-1, 1) * merged).to(dtype), spec)
-
-
-def _finite(tensor: torch.Tensor, spec: Spec) -> torch.Tensor:
-    if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
-        return tensor
-    if spec.dtype == "F16":
-        raise StepFailed(
-            f"{spec.name} does not fit float16 once merged", "set export.export_dtype to bfloat16 or float32"
-        )
-    raise StepFailed(
-        f"{spec.name} is not finite once merged: the adapter holds NaN or infinite values", "train it again"
-    )
-
-
 def _merge_with_peft(
-    base: Path, adapter: Path, out: Path, export_size: float, export_dtype: ExportDtype
+    base: Path, adapter: Path, out: Path, export_size: float, export_dtype: ExportDtype, device: str
 ) -> dict[str, Any]:
     import torch
     from peft import PeftConfig, PeftModel
@@ -320,7 +285,7 @@ def _merge_with_peft(
             f"{base} has no place for {loaded.unexpected_keys[0]} of {adapter}",
             "the adapter was trained on another base model",
         )
-    merged: Any = tuned.merge_and_unload(safe_merge=True)
+    merged: Any = tuned.to(device).merge_and_unload(safe_merge=True)
     merged.save_pretrained(out, max_shard_size=int(export_size * 1e9))
     files = sorted(path.name for path in out.glob("model*.safetensors"))
     with Checkpoint(out) as written:
@@ -344,18 +309,20 @@ def _copy_companions(
     if tied is not None:
         config = config | {"tie_word_embeddings": tied}
     generation_file = out / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else {}
     chat_file = adapter / "chat.json"
-    stop = _read_json(chat_file).get("stop_token_ids", []) if chat_file.is_file() else []
+    stop = read_json(chat_file).get("stop_token_ids", []) if chat_file.is_file() else []
     if stop:
         config = config | {"eos_token_id": stop[0]}
         generation["eos_token_id"] = stop
+    write_card(out, read_card(base), "A base model and an adapter, merged. Licence and languages are the base model's.")
     _write_json(out / "config.json", config)
     if generation:
         _write_json(generation_file, generation)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model's or an adapter's folder; StepFailed where it is missing or none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,14 +1,40 @@
-"""What an Ollama model is made of besides its weights: parameters, and a Modelfile for people to read and reuse."""
+"""What an Ollama model is made of, and the Modelfile that says so to people and to `ollama create`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from finetune_assets.errors import BadInput
 from finetune_assets.recipe import OllamaSection
 
 BATCH = 512  # Ollama's default number of prompt tokens read at once
+
+
+@dataclass(frozen=True)
+class OllamaModel:
+    """What is served under one name.
+
+    Args:
+        name: with its tag, as in demo:latest.
+        gguf: the weights' file.
+        sha256: of that file (hex), as on record.
+        parameters: as `parameters` gives them.
+    """
+
+    name: str
+    gguf: Path
+    sha256: str
+    template: str
+    system: str | None
+    parameters: Mapping[str, Any]
+    licenses: Sequence[str] = ()
+
+    @property
+    def base(self) -> str:
+        """The name without its tag."""
+        return self.name.partition(":")[0]
 
 
 def parameters(section: OllamaSection, chat_stop: Sequence[str]) -> dict[str, Any]:
@@ -26,29 +52,28 @@ def parameters(section: OllamaSection, chat_stop: Sequence[str]) -> dict[str, An
     return ({"stop": stop} if stop else {}) | {key: value for key, value in options.items() if value is not None}
 
 
-def modelfile(
-    source: str, *, template: str, system: str | None, parameters: Mapping[str, Any], licenses: Sequence[str] = ()
-) -> str:
-    """A Modelfile that `ollama create -f` reads; `source` is what stands behind FROM.
-
-    Raises:
-        BadInput: a text cannot be written in a Modelfile (it has no escape for a line that ends in three quotes).
-    """
-    lines = [f"FROM {source}", f"TEMPLATE {_quoted('TEMPLATE', template)}"]
-    if system:
-        lines.append(f"SYSTEM {_quoted('SYSTEM', system)}")
-    for key, value in sorted(parameters.items()):
-        for one in value if isinstance(value, list) else [value]:
-            lines.append(f"PARAMETER {key} {_quoted(key, one) if isinstance(one, str) else one}")
-    lines += [f"LICENSE {_quoted('LICENSE', text)}" for text in licenses]
+def modelfile(model: OllamaModel) -> str:
+    """A Modelfile that `ollama create -f` reads. A text that none can hold is left out, and a comment says so."""
+    texts = [("TEMPLATE", model.template), *([("SYSTEM", model.system)] if model.system else [])]
+    lines = [f"FROM {model.gguf}", *(_instruction(key, text) for key, text in texts)]
+    for key, value in sorted(model.parameters.items()):
+        lines += [_instruction(f"PARAMETER {key}", one) for one in (value if isinstance(value, list) else [value])]
+    lines += [_instruction("LICENSE", text) for text in model.licenses]
     return "\n".join(lines) + "\n"
 
 
-def _quoted(what: str, text: str) -> str:
-    # Ollama ends a quoted value at the first line that ends in its quotes, trailing white space aside.
-    if any(line.rstrip().endswith('"""') for line in text.split("\n")[:-1]):
-        raise BadInput(
-            f'{what} has a line that ends in """, which a Modelfile cannot hold',
-            "write it with other quotes",
-        )
-    return f'"""{text}"""'
+def _instruction(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        return f"{key} {value}"
+    if (what := _beyond_modelfiles(value)) is not None:
+        return f"# {key} is left out: a Modelfile cannot hold {what}; the served model has it"
+    return f'{key} """{value}"""'
+
+
+def _beyond_modelfiles(text: str) -> str | None:
+    """What in a text Ollama's parser of Modelfiles would change; it knows no escapes."""
+    # it ends a quoted value at the first line that ends in its quotes, trailing white space aside
+    if any(line.rstrip().endswith('"""') for line in text.replace("\r", "\n").split("\n")[:-1]):
+        return 'a line that ends in """'
+    lost = next((character for character in text if not character.isprintable() and character not in "\t\n\r"), None)
+    return None if lost is None else f"the character U+{ord(lost):04X}"

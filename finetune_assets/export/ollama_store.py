@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import write_atomically
-from finetune_assets.digests import digest_of_file
-from finetune_assets.errors import BadInput
+from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import FILE_TYPES, read_head
+from finetune_assets.export.modelfile import OllamaModel
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -52,55 +51,41 @@ class Published:
     layers: tuple[Layer, ...]
 
 
-def write(
-    models_dir: Path,
-    name: str,
-    gguf: Path,
-    *,
-    template: str,
-    system: str | None,
-    parameters: Mapping[str, Any],
-    licenses: Sequence[str] = (),
-) -> Published:
-    """Publish `gguf` as `name` ("model", "namespace/model", with ":tag" if not latest) in the store `models_dir`.
+def write(models_dir: Path, models: Sequence[OllamaModel]) -> dict[str, Published]:
+    """Publish models in the store `models_dir`, none before the blobs of all are there; by name.
 
-    The weights are a hard link where the file system allows, else a copy.
+    The weights are a hard link where the file system allows, else a copy, whose bytes are checked on the way.
 
     Raises:
-        StepFailed: `gguf` is no GGUF file.
-        BadInput: `name` is no model name.
+        StepFailed: a file is no GGUF file, or not the one on record.
+        BadInput: a name is no model name.
     """
-    place = manifest_path(models_dir, name)
-    head = read_head(gguf)
-    blobs = models_dir / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
-    layers = [_entry(IMAGE + "model", *_link(blobs, gguf))]
-    texts = [("template", template), ("system", system or ""), *(("license", text) for text in licenses)]
-    layers += [_entry(IMAGE + kind, *_put(blobs, text.encode())) for kind, text in texts if text]
-    if parameters:
-        layers.append(_entry(IMAGE + "params", *_put(blobs, go_json(_numbers(parameters)))))
-    family = head.get("general.architecture")
-    config = {
-        "model_format": "gguf",
-        "model_family": family,
-        "model_families": [family],
-        "model_type": human_number(head.parameters),
-        "file_type": FILE_TYPE_NAMES.get(head.get("general.file_type"), "unknown"),
-        "architecture": "amd64",
-        "os": "linux",
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
-    }
-    manifest = go_json(
-        {
-            "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": _entry(CONFIG, *_put(blobs, go_json(config))),
-            "layers": layers,
-        }
-    )
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, manifest, prefix=PARTIAL)
-    return Published(name, hashlib.sha256(manifest).hexdigest(), layers_of(json.loads(manifest)))
+    places = {model.name: manifest_path(models_dir, model.name) for model in models}
+    (models_dir / "blobs").mkdir(parents=True, exist_ok=True)
+    manifests = {model.name: _fill(models_dir, model) for model in models}
+    made: dict[str, Published] = {}
+    for name, manifest in manifests.items():
+        places[name].parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(places[name], manifest, prefix=PARTIAL)
+        made[name] = Published(name, hashlib.sha256(manifest).hexdigest(), layers_of(json.loads(manifest)))
+    return made
+
+
+def remove(models_dir: Path, name: str) -> None:
+    """Take a model away. Its blobs stay until they are collected."""
+    manifest_path(models_dir, name).unlink(missing_ok=True)
+
+
+def contents(model: OllamaModel) -> dict[str, list[bytes]]:
+    """The bytes of a model's layers, by kind, in the order of its manifest; of the weights none: they are a file."""
+    texts = [("template", model.template), ("system", model.system or ""), *(("license", x) for x in model.licenses)]
+    found: dict[str, list[bytes]] = {}
+    for kind, text in texts:
+        if text:
+            found.setdefault(kind, []).append(text.encode())
+    if model.parameters:
+        found["params"] = [go_json(_numbers(model.parameters))]
+    return found
 
 
 def read(models_dir: Path, name: str) -> str | None:
@@ -109,11 +94,16 @@ def read(models_dir: Path, name: str) -> str | None:
         manifest = manifest_path(models_dir, name).read_bytes()
         described = json.loads(manifest)
         for layer in (described["config"], *described["layers"]):
-            if _blob(models_dir / "blobs", layer["digest"]).stat().st_size != layer["size"]:
+            if blob_path(models_dir, layer["digest"]).stat().st_size != layer["size"]:
                 return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return hashlib.sha256(manifest).hexdigest()
+
+
+def blob_path(models_dir: Path, digest: str) -> Path:
+    """Where the blob of a digest ("sha256:HEX") lies."""
+    return models_dir / "blobs" / digest.replace(":", "-")
 
 
 def lock(models_dir: Path) -> FileLock:
@@ -184,33 +174,67 @@ def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return dict(sorted(whole.items()))
 
 
+def _fill(models_dir: Path, model: OllamaModel) -> bytes:
+    """Put a model's blobs in place; its manifest."""
+    head = read_head(model.gguf)
+    layers = [_entry(IMAGE + "model", *_link(models_dir, model.gguf, model.sha256))]
+    for kind, blobs in contents(model).items():
+        layers += [_entry(IMAGE + kind, *_put(models_dir, data)) for data in blobs]
+    family = head.get("general.architecture")
+    config = {
+        "model_format": "gguf",
+        "model_family": family,
+        "model_families": [family],
+        "model_type": human_number(head.parameters),
+        "file_type": FILE_TYPE_NAMES.get(head.get("general.file_type"), "unknown"),
+        "architecture": "amd64",
+        "os": "linux",
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
+    }
+    return go_json(
+        {
+            "schemaVersion": 2,
+            "mediaType": MANIFEST,
+            "config": _entry(CONFIG, *_put(models_dir, go_json(config))),
+            "layers": layers,
+        }
+    )
+
+
 def _entry(media_type: str, digest: str, size: int) -> dict[str, Any]:
     return {"mediaType": media_type, "digest": digest, "size": size}
 
 
-def _blob(blobs: Path, digest: str) -> Path:
-    return blobs / digest.replace(":", "-")
-
-
-def _put(blobs: Path, data: bytes) -> tuple[str, int]:
+def _put(models_dir: Path, data: bytes) -> tuple[str, int]:
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    if not _complete(_blob(blobs, digest), len(data)):
-        write_atomically(_blob(blobs, digest), data, prefix=PARTIAL)
+    blob = blob_path(models_dir, digest)
+    if not _complete(blob, len(data)):
+        write_atomically(blob, data, prefix=PARTIAL)
     return digest, len(data)
 
 
-def _link(blobs: Path, file: Path) -> tuple[str, int]:
-    digest, size = f"sha256:{digest_of_file(file)}", file.stat().st_size
-    blob = _blob(blobs, digest)
+def _link(models_dir: Path, file: Path, sha256: str) -> tuple[str, int]:
+    digest, size = f"sha256:{sha256}", file.stat().st_size
+    blob = blob_path(models_dir, digest)
     if not _complete(blob, size):
-        with tempfile.TemporaryDirectory(dir=blobs, prefix=PARTIAL) as staging:
+        with tempfile.TemporaryDirectory(dir=blob.parent, prefix=PARTIAL) as staging:
             link = Path(staging) / blob.name
             try:
                 os.link(file, link)
             except OSError:
-                shutil.copyfile(file, link)
+                _copy(file, link, sha256)
             link.replace(blob)
     return digest, size
+
+
+def _copy(file: Path, target: Path, sha256: str) -> None:
+    found = hashlib.sha256()
+    with file.open("rb") as source, target.open("wb") as copy:
+        while block := source.read(1 << 20):
+            found.update(block)
+            copy.write(block)
+    if found.hexdigest() != sha256:
+        raise StepFailed(f"{file} has changed since it was published", "materialise gguf_file again")
 
 
 def _complete(blob: Path, size: int) -> bool:

@@ -9,22 +9,19 @@ that are there. What can be compared exactly is compared exactly (see exact_chec
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.chat.decoding import Chat, load_chat, load_model
-from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row, with_system
+from finetune_assets.chat.decoding import load_chat, load_model
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.exact_checks import EXACT, Failure, check_file, check_head, check_prompt
+from finetune_assets.export.held_out import Point, choose, logits, suited
 from finetune_assets.export.probe import Distribution, ProbeEngine
-from finetune_assets.export.shards import Checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +30,6 @@ if TYPE_CHECKING:
     from finetune_assets.device import Device, Precision
 
 CHECKS = (*EXACT, "kl")
-CONVERSATIONS = 8
-POINTS = 64  # places compared, over all conversations
-LONGEST = 512  # tokens of a conversation that are read
-ROOM = 32  # tokens of context beside the longest conversation, for what is decoded to take the time
 
 # Largest mean KL, in nats per token, at which a file still counts as the merged model. Published for a model of 8B on
 # encyclopaedic text: q8_0 0.0014, q6_k 0.0055, q5_k_m 0.011, q4_k_m 0.031, q4_0 0.072, q3_k_m 0.10, q2_k 0.45. Small
@@ -52,45 +45,11 @@ MAX_KL = {
 }  # fmt: skip
 HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
 
-# Where nothing is held out: any words will do to compare two models.
-BUILT_IN = (
-    ("What is the capital of France?", "The capital of France is Paris, a city on the river Seine."),
-    ("Who are you?", "I am a helpful assistant. I answer questions and explain how things work."),
-    ("请用一句话介绍你自己。", "我是一个乐于助人的助手，可以回答问题。"),
-)
 Progress = Callable[[dict[str, Any]], None]
 
-
+ROOM = 32  # tokens of context beside the longest conversation, for what is decoded to take the time
 TAIL = 1e-7  # of a probability: less is float32's rounding
 LEAST = -50.0  # log probability of what llama.cpp says cannot be
-_PRECISIONS: dict[str, Precision] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
-
-
-@dataclass(frozen=True)
-class Point:
-    """A place in a conversation: all ids before it, and the id that is there."""
-
-    prefix: tuple[int, ...]
-    label: int
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A held-out row.
-
-    Attributes:
-        prompt: all turns but the last answer, and their ids with the answer's header.
-        ids: of the whole, up to `LONGEST`.
-        places: in `ids`, which of them are points.
-    """
-
-    prompt: tuple[list[dict[str, str]], list[int]]
-    ids: list[int]
-    places: list[int]
-
-    @property
-    def points(self) -> list[Point]:
-        return [Point(tuple(self.ids[:at]), self.ids[at]) for at in self.places]
 
 
 @dataclass(frozen=True)
@@ -185,12 +144,12 @@ def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bo
     Raises:
         StepFailed: the merged model cannot be loaded.
     """
+    import torch
+
     chat = load_chat(merged, trust_remote_code=trust_remote_code)
-    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines() if line.strip()]
-    chosen = choose(rows, chat) or choose(_built_in(), chat)
-    if not chosen:
-        raise StepFailed(f"{merged}: the chat template leaves no words of an answer to compare models by")
+    chosen = choose(held_out, chat)
     device = suited(device, merged)
+    said = logits(load_model(merged, None, device, trust_remote_code=trust_remote_code), chosen)
     return Reference(
         merged=merged,
         settings=json.loads((merged / "chat.json").read_text(encoding="utf-8")),
@@ -198,49 +157,9 @@ def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bo
         prompts=[conversation.prompt for conversation in chosen],
         points=[point for conversation in chosen for point in conversation.points],
         letter=_letter(chat.tokenizer),
-        logprobs=_read(merged, chosen, device, trust_remote_code),
+        logprobs=torch.log_softmax(torch.cat(said), -1).numpy(),
         precision=device.precision,
     )
-
-
-def choose(rows: Sequence[Mapping[str, Any]], chat: Chat) -> list[Conversation]:
-    """Up to `CONVERSATIONS` of the rows by their ids, with `POINTS` points in their last answers between them."""
-    encoded = []
-    for row in sorted(rows, key=lambda row: row["id"]):
-        turns = with_system(row["messages"], chat.default_system)
-        ids, labels = _encoded(chat.tokenizer, turns)
-        if places := [at for at in range(1, len(ids)) if labels[at] != IGNORED]:
-            encoded.append((turns[:-1], ids, places))
-        if len(encoded) == CONVERSATIONS:
-            break
-    counts = shares([len(places) for _, _, places in encoded], POINTS)
-    conversations: list[Conversation] = []
-    for (turns, ids, places), count in zip(encoded, counts, strict=True):
-        at = [places[number * len(places) // count] for number in range(count)]
-        conversations.append(Conversation((turns, encode_prompt(chat.tokenizer, turns)), ids, at))
-    return conversations
-
-
-def shares(sizes: Sequence[int], total: int) -> list[int]:
-    """How many of `total` each gets that has so many to give: all the same, as far as they have them."""
-    given = [0] * len(sizes)
-    left = total
-    for waiting, number in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__), strict=True):
-        given[number] = min(sizes[number], left // waiting)
-        left -= given[number]
-    return given
-
-
-def suited(device: Device, merged: Path) -> Device:
-    """The device in the best precision in which the merged model fits its memory, float32 if it can be."""
-    with Checkpoint(merged) as checkpoint:
-        specs = [checkpoint.spec(name) for name in checkpoint]
-    weights: Counter[str] = Counter()
-    for spec in specs:
-        weights[spec.dtype] += math.prod(spec.shape)
-    own = _PRECISIONS.get(weights.most_common(1)[0][0], "fp32")
-    fits = weights.total() * 4 < 0.7 * device.memory_gib * 2**30
-    return dataclasses.replace(device, precision="fp32" if fits else own)
 
 
 def examine(file: Path, reference: Reference) -> tuple[Figures | None, list[Failure]]:
@@ -287,22 +206,6 @@ def divergence(ours: np.ndarray, theirs: Distribution) -> float:
     return max(0.0, total) if not math.isnan(total) else math.inf
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-    """Ids and labels. Only the last answer's: it has labels with every template."""
-    encoded = encode_row(tokenizer, turns, cutoff_len=LONGEST, mask_history=True)
-    return encoded.input_ids, encoded.labels
-
-
-def _built_in() -> list[dict[str, Any]]:
-    return [
-        {
-            "id": str(number),
-            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
-        }
-        for number, (asked, answer) in enumerate(BUILT_IN)
-    ]
-
-
 def _letter(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token that is a letter, whatever comes before it."""
     for letter in "aeiotns":
@@ -310,23 +213,6 @@ def _letter(tokenizer: PreTrainedTokenizerBase) -> int:
         if isinstance(ids, list) and ids and str(tokenizer.decode([ids[-1]])).strip() == letter:
             return ids[-1]
     raise StepFailed("the tokenizer knows no single letter: its GGUF files cannot be compared with the model")
-
-
-def _read(merged: Path, chosen: Sequence[Conversation], device: Device, trust_remote_code: bool) -> np.ndarray:
-    """Log probabilities of the next token at each point, as the merged model has them. Shape (points, vocabulary)."""
-    import numpy as np
-    import torch
-
-    model = load_model(merged, None, device, trust_remote_code=trust_remote_code)
-    found: list[np.ndarray] = []
-    for conversation in chosen:
-        last = conversation.places[-1]
-        ids = torch.tensor([conversation.ids[:last]], device=model.device)
-        keep = torch.tensor([at - 1 for at in conversation.places], device=model.device)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
-            found.append(torch.log_softmax(logits.float(), -1).cpu().numpy())
-    return np.concatenate(found)
 
 
 def _prompts(engine: ProbeEngine, reference: Reference, longest: int) -> list[Failure]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 TOP = 2000
 # Outweighs any logit: the token that has it is the one sampled. The reported distribution is the model's own.
 FORCED = 1000
+NO_CHARACTER = "\ufffd"  # stands for bytes that are none
 TIMEOUT = 60.0  # seconds, for a tokenizer
 
 
@@ -103,6 +104,10 @@ class ProbeEngine(GgufEngine):
         text = self._post("/apply-template", {"messages": messages})["prompt"]
         # As its chat completions do: begin-of-text where the file asks for it, special tokens by their text.
         return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of an answer's first tokens, as far as their bytes are characters."""
+        return str(self._post("/detokenize", {"tokens": list(ids)})["content"]).partition(NO_CHARACTER)[0]
 
     def _complete(self, prefix: Sequence[int], count: int, **options: Any) -> dict[str, Any]:
         request = {"prompt": list(prefix), "max_tokens": count, "temperature": 0, "cache_prompt": True}

@@ -1,4 +1,4 @@
-"""A GGUF file becomes an Ollama model: on the server that answers, else in a model store of our own.
+"""GGUF files become Ollama models: on the server that answers, else in a model store of our own.
 
 A server started with that store as its OLLAMA_MODELS serves it as it is.
 """
@@ -10,96 +10,129 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.artifacts import Artifact
 from finetune_assets.errors import FinetuneError, StepFailed
 from finetune_assets.export import ollama_server, ollama_store
-from finetune_assets.recipe import OllamaSection
+from finetune_assets.export.modelfile import OllamaModel, modelfile, parameters
+from finetune_assets.recipe import Recipe
+
+Progress = Callable[[dict[str, Any]], None]
+RECORDED = ("name", "models", "template", "system", "parameters")
 
 
 def publish(
-    gguf: Path,
-    chat: Path,
-    section: OllamaSection,
-    *,
-    system: str | None,
-    models: Path,
-    out: Path,
-    progress: Callable[[dict[str, Any]], None],
+    recipe: Recipe, gguf: Artifact, *, models: Path, out: Path, before: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Serve `gguf` under the section's name and write its Modelfile to `out`; facts for the manifest.
+    """Serve what the recipe asks for, and write a Modelfile of each to `out`; facts for the manifest.
 
     Args:
-        chat: chat.json of the model, for its stop texts.
+        gguf: the gguf_file artifact, whole.
         models: our own Ollama model store.
+        before: what this returned the last time; tags that are wanted no longer are taken away.
 
     Returns:
-        name, file (of the weights), template, system, parameters, the Modelfile's text, notes on what the TEMPLATE
-        cannot do, and what `serve` says.
+        name (without a tag), models (by name with its tag: type, file and sha256 of the weights), template, system,
+        parameters, the text of the first's Modelfile, notes on what the TEMPLATE cannot do, and what `serve` returns.
 
     Raises:
         StepFailed: no faithful TEMPLATE can be derived from the chat template, or the server fails.
-        BadInput: a text cannot be written into a Modelfile.
     """
     from finetune_assets.export.go_template import from_gguf
-    from finetune_assets.export.modelfile import modelfile, parameters
 
-    template = from_gguf(gguf)
-    options = parameters(section, json.loads(chat.read_text(encoding="utf-8"))["stop"])
-    text = modelfile(str(gguf), template=template.text, system=system, parameters=options)
-    facts = {
-        "name": section.name,
-        "file": gguf.name,
+    files = {name: (kind, gguf.metrics["types"][kind]["file"]) for name, kind in recipe.served.items()}
+    template = from_gguf(gguf.path / files[f"{recipe.ollama.name}:latest"][1])
+    stop = json.loads((gguf.path / "chat.json").read_text(encoding="utf-8"))["stop"]
+    facts: dict[str, Any] = {
+        "name": recipe.ollama.name,
+        "models": {
+            name: {"type": kind, "file": file, "sha256": gguf.manifest["files"][file]["sha256"]}
+            for name, (kind, file) in files.items()
+        },
         "template": template.text,
-        "system": system,
-        "parameters": options,
+        "system": recipe.system,
+        "parameters": parameters(recipe.ollama, stop),
         "notes": list(template.notes),
-        "modelfile": text,
     }
-    place = serve(gguf, facts, models=models, progress=progress)
-    (out / "Modelfile").write_text(text, encoding="utf-8")
-    return {**facts, **place}
+    place = serve(facts, gguf.path, before=before, models=models, progress=progress)
+    texts = {name: modelfile(model) for name, model in recorded(facts, gguf.path).items()}
+    for name, text in texts.items():
+        suffix = "" if name.endswith(":latest") else f".{name.partition(':')[2]}"
+        (out / f"Modelfile{suffix}").write_text(text, encoding="utf-8")
+    return {**facts, "modelfile": next(iter(texts.values())), **place}
+
+
+def recorded(facts: Mapping[str, Any], folder: Path) -> dict[str, OllamaModel]:
+    """The models that facts on record speak of, by name; their weights lie in `folder`.
+
+    Raises:
+        StepFailed: the facts are an earlier release's, which recorded less.
+    """
+    if missing := [key for key in RECORDED if key not in facts]:
+        raise StepFailed(
+            f"{facts.get('name')} was made by an earlier release, which did not record its {missing[0]}",
+            "give the recipe the values of then (its manifest names them), and finetune run --force --to ollama_model",
+        )
+    common = {key: facts[key] for key in ("template", "system", "parameters")}
+    return {
+        name: OllamaModel(name, folder / entry["file"], entry["sha256"], **common)
+        for name, entry in facts["models"].items()
+    }
 
 
 def serve(
-    gguf: Path, facts: Mapping[str, Any], *, models: Path, progress: Callable[[dict[str, Any]], None]
+    facts: Mapping[str, Any], folder: Path, *, before: Mapping[str, Any], models: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Put a model in place: on the server that answers, else in our own store.
+    """Put models in place: on the server that answers, else in our own store.
 
     Args:
-        facts: name, template, system and parameters, as in what `publish` returns.
+        facts: as `publish` returns them.
+        folder: where the weights lie.
+        before: the facts of what was put in place last: tags that are wanted no longer are taken away.
 
     Returns:
-        digest (of the Ollama manifest), where ("server" or "store"), place (host or folder), and the commands that
-        talk to the model.
+        digests (name with its tag -> digest of the Ollama manifest), digest (that of the first), previous (name ->
+        digest served under it until now, or none), where ("server" or "store"), place (host or folder), and the
+        commands that talk to the model.
 
     Raises:
         StepFailed: the server fails, or serves something else than was asked for.
     """
-    name, system = facts["name"], facts["system"]
+    wanted = recorded(facts, folder)
+    same_base = before.get("name") == facts["name"]
+    retired = {name: old for name, old in digests_of(before).items() if name not in wanted} if same_base else {}
+    names = [_plain(name) for name in wanted]
     host = ollama_server.configured_host()
     if ollama_server.answers(host) is not None:
-        from finetune_assets.chat.engines import prompt_tokens
+        from finetune_assets.export.expected import expected
+        from finetune_assets.export.ollama_create import create
 
-        opening = [{"role": "system", "content": system}] if system else []
-        made = ollama_server.create(
-            host,
-            name,
-            gguf,
-            template=facts["template"],
-            system=system,
-            parameters=facts["parameters"],
-            probe_tokens=prompt_tokens(gguf, [*opening, *ollama_server.QUESTION]),
-            progress=lambda line: progress({"event": "message", "text": line}),
-        )
-        where, place, commands = "server", host, [f"ollama run {name}"]
+        progress({"event": "message", "text": "asking llama.cpp what to expect"})
+        replies = {name: expected(model) for name, model in wanted.items()}
+        made = create(host, list(wanted.values()), replies, retired=retired, progress=progress)
+        previous = {name: one.previous for name, one in made.items()}
+        digests = {name: one.digest for name, one in made.items()}
+        where, place, commands = "server", host, [f"ollama run {name}" for name in names]
     else:
         models.mkdir(parents=True, exist_ok=True)
         with ollama_store.lock(models):
-            made = ollama_store.write(
-                models, name, gguf, template=facts["template"], system=system, parameters=facts["parameters"]
-            )
+            previous = {name: ollama_store.read(models, name) for name in wanted}
+            written = ollama_store.write(models, list(wanted.values()))
+            for name, old in retired.items():
+                if ollama_store.read(models, name) == old:
+                    ollama_store.remove(models, name)
+        digests = {name: one.digest for name, one in written.items()}
         where, place = "store", str(models)
-        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {name}"]
-    return {"digest": made.digest, "where": where, "place": place, "commands": commands}
+        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {', '.join(names)}"]
+    first = next(iter(digests.values()))
+    return {
+        **{"digest": first, "digests": digests, "previous": previous},
+        **{"where": where, "place": place, "commands": commands},
+    }
+
+
+def digests_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Name with its tag -> digest on record; an earlier release recorded that of the plain name alone."""
+    return facts.get("digests") or ({f"{facts['name']}:latest": facts["digest"]} if "digest" in facts else {})
 
 
 def served_digests(name: str, models: Path) -> set[str]:
@@ -131,22 +164,27 @@ def unused_blobs(models: Path) -> list[Path]:
 
 
 def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
-    """Why a model that `publish` put in place is not what would be served now, or None if it is.
+    """Why models that `publish` put in place are not what would be served now, or None if they are.
 
     Args:
         facts: what `publish` returned.
         models: our own Ollama model store.
     """
-    name, wanted = facts["name"], facts["digest"]
     host = ollama_server.configured_host()
     try:
-        served = ollama_server.answers(host) is not None
-        found = ollama_server.digest(host, name) if served else ollama_store.read(models, name)
+        served = ollama_server.digests(host) if ollama_server.answers(host) is not None else None
     except (FinetuneError, OSError) as error:
         return f"the Ollama server at {host} cannot be asked: {error}"
-    place = f"the Ollama server at {host}" if served else f"the Ollama store {models}"
-    if found is None:
-        return f"{place} has no model {name}"
-    if found != wanted:
-        return f"{place} serves another {name}: {found[:12]} instead of {wanted[:12]}"
+    place = f"the Ollama server at {host}" if served is not None else f"the Ollama store {models}"
+    for name, wanted in digests_of(facts).items():
+        found = served.get(name) if served is not None else ollama_store.read(models, name)
+        if found is None:
+            return f"{place} has no model {_plain(name)}"
+        if found != wanted:
+            return f"{place} serves another {_plain(name)}: {found[:12]} instead of {wanted[:12]}"
     return None
+
+
+def _plain(name: str) -> str:
+    """A name as people type it."""
+    return name.removesuffix(":latest")

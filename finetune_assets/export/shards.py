@@ -1,8 +1,9 @@
 """Safetensors in and out, one tensor at a time.
 
 Reading goes by memory map through the safetensors library. Writing is ours, because the library wants a whole shard in
-memory: the header is known before the first tensor is computed, so tensors can follow as they come. The bytes are the
-ones that the library's own `save_file` writes. Format: https://github.com/huggingface/safetensors#format
+memory: the header is known before the first tensor is computed, so tensors can be put in their places as they come.
+The bytes are the ones that the library's own `save_file` writes. Format:
+https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Checkpoint:
         self.folder = folder
         self._open = contextlib.ExitStack()
         self._handles: dict[str, Any] = {}
+        self._places: dict[str, dict[str, int]] = {}
         self.file_of = self._index(single)
 
     def __enter__(self) -> Checkpoint:
@@ -75,6 +77,14 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the dtype it is stored in."""
         return self._handle(self.file_of[name]).get_tensor(name)
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that a tensor is in, and the place of its first byte."""
+        file = self.folder / self.file_of[name]
+        if file.name not in self._places:
+            begin, entries = _entries(file)
+            self._places[file.name] = {key: begin + entry["data_offsets"][0] for key, entry in entries.items()}
+        return file, self._places[file.name][name]
 
     def rows(self, name: str, at: Sequence[int]) -> torch.Tensor:
         """Some rows of a tensor, without reading the others; all of a vector."""
@@ -113,10 +123,17 @@ def stored_types(folder: Path) -> set[str]:
     """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
     types: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
-        with file.open("rb") as data:
-            header = json.loads(data.read(int.from_bytes(data.read(8), "little")))
-        types |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+        types |= {entry["dtype"] for entry in _entries(file)[1].values()}
     return types
+
+
+def _entries(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a file's data begin, and what its head says of each tensor."""
+    with file.open("rb") as data:
+        size = int.from_bytes(data.read(8), "little")
+        entries = json.loads(data.read(size))
+    entries.pop("__metadata__", None)
+    return 8 + size, entries
 
 
 def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:
@@ -140,10 +157,8 @@ def in_file_order(specs: Iterable[Spec]) -> list[Spec]:
     return sorted(specs, key=lambda spec: (order.index(spec.dtype), spec.name))
 
 
-def write_shard(path: Path, tensors: Iterable[tuple[Spec, torch.Tensor]], specs: list[Spec]) -> None:
-    """Write `tensors`, which come in the order of `specs` (see `in_file_order`), holding one at a time."""
-    import torch
-
+def head(specs: Sequence[Spec]) -> tuple[bytes, list[int]]:
+    """What a file of these tensors begins with (see `in_file_order`), and the place of each tensor in the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in specs:
@@ -153,12 +168,8 @@ def write_shard(path: Path, tensors: Iterable[tuple[Spec, torch.Tensor]], specs:
         at += spec.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in tensors:
-            out.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        if out.tell() != 8 + len(text) + at:
-            raise AssertionError(f"{path.name}: the tensors are not the ones that its header announces")
+    start = len(text).to_bytes(8, "little") + text
+    return start, [len(start) + header[spec.name]["data_offsets"][0] for spec in specs]
 
 
 def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:

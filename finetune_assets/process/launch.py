@@ -41,6 +41,7 @@ LESS_MEMORY = {
     "train": "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps; "
     "train.disable_gradient_checkpointing: false takes far less memory",
     "evaluate": "lower evaluate.per_device_eval_batch_size",
+    "merge": "the model must fit into memory once, in the precision of its weights",
     "prove": "make fewer or smaller gguf.types at a time",
 }
 NO_RUN = PipesContextData(

@@ -4,6 +4,7 @@ The extra `job` of the Pipes context says what to do: {"task": one of TASKS, "ou
 recipe, "device": auto, cuda, mps or cpu} and, beside these,
     train: "base", "rows", "validation": paths (validation may be null), "train": a section of the recipe;
     evaluate: "base", "adapter", "rows", "test": paths, "train", "evaluate": sections of the recipe;
+    merge: "base", "adapter", "held_out": paths, "export": a section of the recipe;
     prove: "merged", "held_out": paths, "files": GGUF type -> path, "max_kl", "recorded": type -> figures.
 Every event is a custom message. The last one is {"event": "done", "report": {...}} or {"event": "error", "kind",
 "message", "hint"}; the exit code then is 0, or the error's.
@@ -24,7 +25,7 @@ from dagster_pipes import open_dagster_pipes
 from finetune_assets.device import choose_device
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed
-from finetune_assets.recipe import EvaluateSection, ModelSection, TrainSection
+from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -75,6 +76,29 @@ def evaluate(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     )
 
 
+def merge(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.export import merge, merge_check
+
+    base, adapter, out = Path(job["base"]), Path(job["adapter"]), Path(job["out"])
+    section, device = (
+        ExportSection.model_validate(job["export"]),
+        choose_device(False, False, job.get("device", "auto")),
+    )
+    report = merge.merge(
+        base,
+        adapter,
+        out,
+        export_size=section.export_size,
+        export_dtype=section.export_dtype,
+        device="cpu" if section.export_device == "cpu" else device.kind,
+        progress=progress,
+    )
+    trust = ModelSection.model_validate(job["model"]).trust_remote_code
+    held_out = Path(job["held_out"])
+    check = merge_check.check(base, adapter, out, held_out, device, trust_remote_code=trust, progress=progress)
+    return {**report, "check": check}
+
+
 def prove(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from finetune_assets.export import parity
 
@@ -91,7 +115,7 @@ def prove(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {"figures": {kind: dataclasses.asdict(found) for kind, found in figures.items()}}
 
 
-TASKS = {"train": train, "evaluate": evaluate, "prove": prove}
+TASKS = {"train": train, "evaluate": evaluate, "merge": merge, "prove": prove}
 
 
 def main() -> int:

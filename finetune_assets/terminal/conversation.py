@@ -1,4 +1,4 @@
-"""`finetune chat`: open the model of a stage, and talk to it."""
+"""`finetune chat`: open the models of one or more stages, and talk to them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 
 from rich.console import Console
+from rich.text import Text
 
 from finetune_assets.artifacts import Artifact
 from finetune_assets.chat.engines import Engine, GgufEngine, OllamaEngine, TransformersEngine
@@ -26,15 +27,25 @@ STAGES = {
 
 
 @contextmanager
-def open_engine(stage: str, recipe: Recipe, project: Project, artifacts: Mapping[str, Artifact]) -> Iterator[Engine]:
-    """The model of a stage, ready to talk; closed (and its server stopped, if one was started) at the end.
+def open_engines(
+    stages: str, recipe: Recipe, project: Project, artifacts: Mapping[str, Artifact]
+) -> Iterator[dict[str, Engine]]:
+    """The models of some stages ("base,ollama"), ready to talk, by stage; closed at the end.
 
     Raises:
         BadInput: an unknown stage.
-        StepFailed: that stage was not made yet, or nothing can serve it here.
+        StepFailed: a stage was not made yet, or nothing can serve it here.
     """
-    if stage not in STAGES:
-        raise BadInput(f"--with: unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
+    named = list(dict.fromkeys(stage.strip() for stage in stages.split(",")))
+    for stage in named:
+        if stage not in STAGES:
+            raise BadInput(f"--with: unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
+    with ExitStack() as stack:
+        yield {stage: stack.enter_context(_open(stage, recipe, project, artifacts)) for stage in named}
+
+
+@contextmanager
+def _open(stage: str, recipe: Recipe, project: Project, artifacts: Mapping[str, Artifact]) -> Iterator[Engine]:
     needed = ["base_model", "lora_adapter"] if stage == "adapter" else [STAGES[stage]]
     for name in needed:
         if name not in artifacts:
@@ -54,14 +65,30 @@ def open_engine(stage: str, recipe: Recipe, project: Project, artifacts: Mapping
         yield stack.enter_context(closing(engine))
 
 
-def converse(engine: Engine, console: Console, *, system: str | None, message: str | None, max_new_tokens: int) -> None:
-    """Answer one message, or hold a conversation until the input ends (Ctrl-D) or `/bye`."""
+def converse(
+    engines: Mapping[str, Engine], console: Console, *, system: str | None, message: str | None, max_new_tokens: int
+) -> None:
+    """Have one message answered, or hold a conversation until the input ends (Ctrl-D) or `/bye`.
+
+    Several engines answer in turn, each in a conversation of its own.
+    """
     opening = [{"role": "system", "content": system}] if system else []
+    talks = {stage: list(opening) for stage in engines}
+
+    def ask(text: str, *, quietly: bool) -> None:
+        for stage, engine in engines.items():
+            if len(engines) > 1:
+                console.print(Text(stage, style="bold cyan"))
+            talks[stage].append({"role": "user", "content": text})
+            talks[stage].append({"role": "assistant", "content": _say(engine, console, talks[stage], max_new_tokens)})
+            if not quietly and engine.speed is not None:
+                console.print(Text(f"{engine.speed:.1f} tokens/s", style="dim"))
+
     if message is not None:
-        _say(engine, console, [*opening, {"role": "user", "content": message}], max_new_tokens)
+        ask(message, quietly=len(engines) == 1)
         return
-    console.print(f"talking to {engine.name}; /bye or Ctrl-D to leave, /reset to begin again", style="dim")
-    messages = list(opening)
+    names = ", ".join(engine.name for engine in engines.values())
+    console.print(f"talking to {names}; /bye or Ctrl-D to leave, /reset to begin again", style="dim", markup=False)
     while True:
         try:
             text = console.input("[bold]>>> [/bold]").strip()
@@ -70,11 +97,9 @@ def converse(engine: Engine, console: Console, *, system: str | None, message: s
         if text == "/bye":
             return
         if text == "/reset":
-            messages = list(opening)
-            continue
-        if text:
-            messages.append({"role": "user", "content": text})
-            messages.append({"role": "assistant", "content": _say(engine, console, messages, max_new_tokens)})
+            talks = {stage: list(opening) for stage in engines}
+        elif text:
+            ask(text, quietly=False)
 
 
 def _say(engine: Engine, console: Console, messages: list[dict[str, str]], max_new_tokens: int) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,10 +119,13 @@ def _run(
             "text": f"training {trainable:,} of {total:,} parameters on {len(data.rows)} rows ({data.tokens:,} tokens)",
         }
     )
+    initial = out / "initial" if train.pissa_init else None
+    if initial is not None:
+        adapted.save_pretrained(str(initial), save_embedding_layers=False)
     outcome = trainer.train()
     losses = log.series("step")
     validations = log.series("validation")
-    _save(adapted, tokenizer, out, model, log)
+    _save(adapted, tokenizer, out, initial, model, log)
     return {
         "rows": len(data.rows),
         "validation_rows": len(held.rows),
@@ -188,15 +192,21 @@ def trainer_arguments(train: TrainSection, device: Device, out: Path, *, evaluat
 
 
 def lora_config(train: TrainSection, network: PreTrainedModel) -> LoraConfig:
-    """The LoRA settings (https://arxiv.org/abs/2106.09685; rsLoRA 2312.03732, DoRA 2402.09353) for `network`.
+    """The LoRA settings (https://arxiv.org/abs/2106.09685) for `network`.
+
+    Variants: rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948).
 
     Raises:
         BadInput: train.lora_target names a module that the model does not have, or that cannot be adapted.
     """
     from peft import LoraConfig
 
+    initial: Any = True
+    if train.pissa_init:
+        initial = f"pissa_niter_{train.pissa_iter}" if train.pissa_iter >= 0 else "pissa"
     return LoraConfig(
         task_type="CAUSAL_LM",
+        init_lora_weights=initial,
         r=train.lora_rank,
         lora_alpha=train.lora_alpha or 2 * train.lora_rank,
         lora_dropout=train.lora_dropout,
@@ -237,15 +247,33 @@ def lora_targets(wanted: str, network: PreTrainedModel) -> list[str]:
     return names
 
 
-def _save(network: PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path, model: ModelSection, log: Log) -> None:
-    """Write the adapter and what belongs to it; nothing in it names this machine or this moment."""
+def _save(
+    network: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    initial: Path | None,
+    model: ModelSection,
+    log: Log,
+) -> None:
+    """Write the adapter and what belongs to it; nothing in it names this machine or this moment.
+
+    Args:
+        initial: where the adapter lies as it was before training, if it began with a part of the base's weights. What
+            is written is the difference of the two, a plain adapter of the base as it was.
+    """
     import torch
 
     for name, weight in network.named_parameters():
         if weight.requires_grad and not torch.isfinite(weight).all():
             raise StepFailed(f"the trained weights are not finite ({name})", "lower train.learning_rate")
     network.peft_config["default"].base_model_name_or_path = model.model_name_or_path
-    network.save_pretrained(str(out), save_embedding_layers=False)  # "auto" would ask the Hub about the vocabulary
+    network.save_pretrained(
+        str(out),
+        save_embedding_layers=False,  # "auto" would ask the Hub about the vocabulary
+        path_initial_model_for_weight_conversion=str(initial) if initial is not None else None,
+    )
+    if initial is not None:
+        shutil.rmtree(initial)
     (out / "README.md").unlink(missing_ok=True)  # PEFT's model card: an empty form
     config = out / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))

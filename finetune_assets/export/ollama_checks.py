@@ -1,0 +1,142 @@
+"""What is served, held against what was made: named checks of a model on a server, or in our own store."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.digests import digest_of_file
+from finetune_assets.export import ollama_store
+from finetune_assets.export.expected import SLACK, Expected
+from finetune_assets.export.modelfile import OllamaModel
+
+if TYPE_CHECKING:
+    from ollama import ChatResponse, Client
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found` says what there is, or what there is instead."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def written(shown: Mapping[str, Any], model: OllamaModel) -> list[Check]:
+    """A server's own account of a model (its /api/show): weights, template, system message, stops, parameters."""
+    source = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", shown.get("modelfile", ""), re.MULTILINE)
+    parameters = _read_parameters(shown.get("parameters", ""))
+    wanted = {key: value if isinstance(value, list) else [value] for key, value in model.parameters.items()}
+    stops, wanted_stops = parameters.pop("stop", []), wanted.pop("stop", [])
+    return [
+        _same("weights", source[1] if source else None, model.sha256),
+        _same("template", shown.get("template", ""), model.template),
+        _same("system", shown.get("system", ""), model.system or ""),
+        # given none, a server may have ideas of its own
+        _same("stops", sorted(stops) if wanted_stops else [], sorted(wanted_stops)),
+        _same("parameters", parameters, {key: list(map(_number, values)) for key, values in wanted.items()}),
+    ]
+
+
+def answered(client: Client, name: str, expected: Expected, *, keep_alive: float | None = None) -> list[Check]:
+    """What a server reads and says when it is asked, and whether it stops.
+
+    Args:
+        keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
+    """
+    options = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": expected.tokens + SLACK}
+    answer = client.chat(model=name, messages=expected.messages, options=options, keep_alive=keep_alive)
+    return compare(answer, expected)
+
+
+def compare(answer: ChatResponse, expected: Expected) -> list[Check]:
+    """A server's answer, in greedy decoding, against llama.cpp's."""
+    read, said, wanted = answer.prompt_eval_count, answer.message.content or "", expected.text
+    if read == expected.prompt_tokens:
+        checks = [Check("prompt tokens", True, f"{read}, as in training")]
+    else:
+        why = "its TEMPLATE or its begin-of-text token is not the chat template's"
+        found = f"the server reads {read} tokens where training would read {expected.prompt_tokens}: {why}"
+        checks = [Check("prompt tokens", False, found)]
+    if expected.tokens == 0:
+        return [*checks, Check("first tokens", True, "not compared: llama.cpp itself hesitates at the first")]
+    # llama.cpp leaves out white space before a whole answer, and engines a space that belongs to the first word
+    same = said.strip() == wanted.strip() if expected.ends else said.lstrip(" ").startswith(wanted.lstrip(" "))
+    found = f"{expected.tokens} as llama.cpp's: " if same else f"{_short(said)} instead of "
+    checks.append(Check("first tokens", same, found + _short(wanted)))
+    if not expected.ends:
+        return [*checks, Check("stops by itself", True, "not compared: llama.cpp's own answer is longer")]
+    stops = answer.done_reason == "stop"
+    return [*checks, Check("stops by itself", stops, "it does" if stops else f"it does not ({answer.done_reason})")]
+
+
+def in_store(models: Path, model: OllamaModel, digest: str) -> list[Check]:
+    """A model in our own store: its manifest, and every blob by its content."""
+    place = ollama_store.manifest_path(models, model.name)
+    try:
+        manifest = place.read_bytes()
+        described = json.loads(manifest)
+        layers = ollama_store.layers_of(described)
+        named = {described["config"]["digest"]: "configuration", **{layer.digest: layer.kind for layer in layers}}
+    except FileNotFoundError:
+        return [Check("manifest", False, f"{place} is not there")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Check("manifest", False, f"{place} cannot be read ({type(error).__name__})")]
+    checks = [_same("manifest", hashlib.sha256(manifest).hexdigest(), digest)]
+    damage = {kind: why for blob, kind in named.items() if (why := _blob_damage(models, blob))}
+    checks.append(Check("blobs", not damage, _named(damage) or f"{len(named)}, each with the content of its digest"))
+    weights = [layer.digest.removeprefix("sha256:") for layer in layers if layer.kind == "model"]
+    checks.append(_same("weights", weights, [model.sha256]))
+    wanted = ollama_store.contents(model)
+    for kind in ("template", "system", "params"):
+        digests = [layer.digest.removeprefix("sha256:") for layer in layers if layer.kind == kind]
+        checks.append(_same(kind, digests, [hashlib.sha256(data).hexdigest() for data in wanted.get(kind, [])]))
+    return checks
+
+
+def _blob_damage(models: Path, digest: str) -> str | None:
+    try:
+        found = digest_of_file(ollama_store.blob_path(models, digest))
+    except OSError as error:
+        return f"{digest[:19]} cannot be read ({error.strerror})"
+    return None if digest == f"sha256:{found}" else f"{digest[:19]} has another content"
+
+
+def _same(name: str, got: Any, wanted: Any) -> Check:
+    if got == wanted:
+        return Check(name, True, "as on record")
+    return Check(name, False, f"{_short(got)} instead of {_short(wanted)}")
+
+
+def _named(damage: Mapping[str, str]) -> str:
+    return "; ".join(f"{kind}: {why}" for kind, why in damage.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _read_parameters(text: str) -> dict[str, list[Any]]:
+    """The parameters that a server shows: on each line a name, spaces, and a value as Go writes it."""
+    found: dict[str, list[Any]] = {}
+    for line in text.splitlines():
+        key, value = line.split(None, 1)
+        # Go's escapes in a quoted text are among Python's, and mean the same
+        found.setdefault(key, []).append(ast.literal_eval(value) if value.startswith('"') else _number(value))
+    return found
+
+
+def _number(value: Any) -> Any:
+    """A number, whichever way it is written."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value

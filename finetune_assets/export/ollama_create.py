@@ -1,0 +1,126 @@
+"""Models created on a running Ollama server, checked there under staging tags, and only then put in production."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.errors import StepFailed
+from finetune_assets.export import ollama_checks, ollama_upload
+from finetune_assets.export.expected import Expected
+from finetune_assets.export.modelfile import OllamaModel
+from finetune_assets.export.ollama_server import digests, show
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+Progress = Callable[[dict[str, Any]], None]
+
+STAGING = "staging"  # begins the tags of models that are being made
+PATIENCE = 600.0  # seconds for one request: a busy CPU server takes its time to load a model
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model in place: its manifest's digest, and that of what was served under the name before, if anything was."""
+
+    digest: str
+    previous: str | None
+
+
+def create(
+    host: str,
+    models: Sequence[OllamaModel],
+    expected: Mapping[str, Expected],
+    *,
+    retired: Mapping[str, str] | None = None,
+    progress: Progress = lambda event: None,
+) -> dict[str, Made]:
+    """Make models of one base name on the server; by name.
+
+    Each is created and checked under a staging tag of its own; only when all are good do the production tags move.
+
+    Args:
+        expected: what llama.cpp answers with each model, by name.
+        retired: models to take away when all is done, if they are still what is named here: name -> digest.
+        progress: told each stage, and how far the sending of weights has come.
+
+    Raises:
+        StepFailed: the server fails, or serves something else than was asked for; what it served before stays.
+    """
+    import httpx
+    from ollama import Client, RequestError, ResponseError
+
+    def say(text: str) -> None:
+        progress({"event": "message", "text": text})
+
+    base = models[0].base
+    client = Client(host=host, timeout=PATIENCE, trust_env=False)
+    staging = {model.name: f"{base}:{STAGING}-{model.name.partition(':')[2]}" for model in models}
+    with _swept_at_the_end(client, host, f"{base}:{STAGING}-"):
+        try:
+            before = digests(host)
+            for model in models:
+                ollama_upload.send(host, model.gguf, model.sha256, progress)
+                say(f"creating {model.name}")
+                _create(client, staging[model.name], model)
+                say(f"checking what {model.name} serves")
+                checks = ollama_checks.written(show(host, staging[model.name]), model)
+                if all(check.ok for check in checks):
+                    checks = ollama_checks.answered(client, staging[model.name], expected[model.name], keep_alive=0)
+                if failed := [f"{check.name}: {check.found}" for check in checks if not check.ok]:
+                    raise StepFailed(
+                        f"the Ollama server at {host} does not serve {model.name} as it was made: {'; '.join(failed)}",
+                        "what it served before is unchanged; its log may say more",
+                    )
+            for model in models:
+                client.copy(staging[model.name], model.name)
+            after = digests(host)
+        except (ResponseError, RequestError) as error:
+            raise StepFailed(
+                f"the Ollama server at {host} refused {base}: {error}",
+                "what it served before is unchanged; put its trouble right (its log says more), and run again",
+            ) from error
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            raise StepFailed(
+                f"the Ollama server at {host} was lost while making {base}: {error or type(error).__name__}",
+                "what it served before is unchanged; see that it is running and has room on its disk, and run again",
+            ) from error
+        for name, under in staging.items():
+            if after.get(name) is None or after[name] != after.get(under):
+                raise StepFailed(f"the Ollama server at {host} did not put {name} in place", "its log says more")
+        for name, old in (retired or {}).items():
+            if after.get(name) == old:
+                with contextlib.suppress(ResponseError, OSError):
+                    client.delete(name)
+    return {name: Made(after[name], before.get(name)) for name in staging}
+
+
+def _create(client: Client, name: str, model: OllamaModel) -> None:
+    for _ in client.create(
+        model=name,
+        files={model.gguf.name: f"sha256:{model.sha256}"},
+        template=model.template,
+        system=model.system,
+        parameters=dict(model.parameters),
+        license=list(model.licenses) or None,
+        stream=True,
+    ):
+        pass
+
+
+@contextlib.contextmanager
+def _swept_at_the_end(client: Client, host: str, prefix: str) -> Iterator[None]:
+    """Whatever happens, no staging tag is left, not even one of a run that was killed."""
+    from ollama import ResponseError
+
+    try:
+        yield
+    finally:
+        # The server is gone: the failure that led here says more, and the next run sweeps.
+        with contextlib.suppress(ResponseError, OSError, ValueError):
+            for name in digests(host):
+                if name.startswith(prefix):
+                    client.delete(name)
