@@ -21,6 +21,7 @@ from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.base_model import Local, locate
 from finetune_assets.data.registry import data_file, load_entries
 from finetune_assets.digests import files_below
+from finetune_assets.export.gguf_types import bytes_decided_by
 from finetune_assets.export.shards import BYTES_OF, FLOATS
 from finetune_assets.identity import default, fingerprint
 from finetune_assets.lineage import NODES
@@ -224,7 +225,10 @@ def _lora_adapter(known: _Known) -> Cost:
         training = min(facts.get("seconds", seconds), seconds)
         seconds = (seconds - training + training * more) * scale
     weights = past.manifest["files"].get("adapter_model.safetensors", {"size": 0})["size"]
-    larger = scale * train.lora_rank / then(past, known.recipe, "train.lora_rank")
+    rank, rank_then = train.lora_rank, then(past, known.recipe, "train.lora_rank")
+    # PiSSA is saved as plain LoRA of twice the rank
+    twice, twice_then = 1 + train.pissa_init, 1 + then(past, known.recipe, "train.pissa_init")
+    larger = scale * (rank * twice) / (rank_then * twice_then)
     return Cost(seconds, round(past.size + weights * (larger - 1)))
 
 
@@ -289,10 +293,7 @@ def _kept_types(known: _Known, past: Artifact | None) -> tuple[set[str], set[str
         return set(), set()
     wanted = fingerprint(node, known.recipe, upstreams, {}).ingredients
     made, types = past.manifest["ingredients"], set(past.metrics["types"])
-    deciding = (("upstreams", "merged_model"), ("tools", "converter"), ("tools", "libgguf"))
-    if made["code_version"] != wanted["code_version"] or any(
-        made[kind].get(key) != wanted[kind].get(key) for kind, key in deciding
-    ):
+    if bytes_decided_by(made) != bytes_decided_by(wanted):
         return set(), set()
     return types, types if all(made[kind] == wanted[kind] for kind in ("upstreams", "tools")) else set()
 

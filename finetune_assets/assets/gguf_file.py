@@ -14,15 +14,13 @@ import dagster as dg
 from finetune_assets import base_model
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.export.gguf_types import make_gguf
+from finetune_assets.export.gguf_types import bytes_decided_by, make_gguf
 from finetune_assets.export.parity import CHECKS, Figures
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.materialise import Step
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
-# What of the fingerprint decides a file's bytes; all of it decides how the file compares with the merged model.
-DECIDES_BYTES = {"upstreams": ("merged_model",), "tools": ("converter", "libgguf")}
 
 
 def build(step: Step) -> Made:
@@ -70,7 +68,7 @@ def build(step: Step) -> Made:
 
 def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Path]:
     """The previous artifact's files, if all that differs from today's wishes is which types are wanted, and why."""
-    if previous is None or _bytes_decided_by(previous.manifest["ingredients"]) != _bytes_decided_by(wanted):
+    if previous is None or bytes_decided_by(previous.manifest["ingredients"]) != bytes_decided_by(wanted):
         return {}
     return {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
 
@@ -84,13 +82,6 @@ def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str,
         return {}
     names = [field.name for field in dataclasses.fields(Figures)]
     return {kind: {name: entry[name] for name in names} for kind, entry in previous.metrics["types"].items()}
-
-
-def _bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
-    whole = {key: value for key, value in ingredients.items() if key not in ("recipe", *DECIDES_BYTES)}
-    told = {key: value for key, value in ingredients["recipe"].items() if not key.startswith("gguf.")}  # metadata
-    parts = {key: [ingredients[key].get(name) for name in names] for key, names in DECIDES_BYTES.items()}
-    return whole | parts | {"told": told}
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

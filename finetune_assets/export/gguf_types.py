@@ -53,3 +53,17 @@ def make_gguf(
     return {
         kind: {"file": f"{name}-{kind}.gguf", "bytes": (out / f"{name}-{kind}.gguf").stat().st_size} for kind in types
     }
+
+
+def bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a gguf_file's fingerprint decides its files; the rest decides how they compare with the merged model.
+
+    Args:
+        ingredients: as of `artifacts.Fingerprint`.
+    """
+    decisive = {"upstreams": ("merged_model",), "tools": ("converter", "libgguf")}
+    whole = {key: value for key, value in ingredients.items() if key not in ("recipe", *decisive)}
+    told = {key: value for key, value in ingredients["recipe"].items() if not key.startswith("gguf.")}  # metadata
+    return {**whole, "told": told} | {
+        key: [ingredients[key].get(name) for name in names] for key, names in decisive.items()
+    }
