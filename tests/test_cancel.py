@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +20,10 @@ import dagster as dg
 import psutil
 import pytest
 
-from tests.conftest import REPOSITORY, MiniProject
+from finetune_assets.assets.base_model import BASE_MODEL
+from finetune_assets.materialise import materialise
+from finetune_assets.recipe_file import load_recipe
+from tests.conftest import REPOSITORY, MiniProject, shared_cache
 from tests.history_fixtures import make_chain, plan_of, store_of
 from tests.test_launch import HEAD, gone
 
@@ -65,7 +69,9 @@ class Stubborn:
         script.write_text(f"PIDS, WORDS = {str(self.pids_file)!r}, {WORDS!r}\n{HEAD}{WORKER}")
         (project.root / "stubborn.py").write_text(DEFINITIONS.format(worker=str(script), grace=GRACE_SECONDS))
         make_chain(project, upto="dataset_info")
-        make_chain(project, upto="base_model")
+        recipe = load_recipe(project.recipe_path())
+        materialise("base_model", recipe, project, BASE_MODEL.build, lambda event: None)
+        (project.cache / "wheels").symlink_to(shared_cache() / "wheels")
 
     def start_cli(self) -> subprocess.Popen[str]:
         """`finetune run` in a process group of its own, as a shell starts it."""
@@ -129,7 +135,8 @@ class Stubborn:
 
 
 @pytest.fixture
-def stubborn(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
+def stubborn(mini: MiniProject, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stubborn]:
+    shutil.copytree(tiny_base, mini.root / "base")
     monkeypatch.setenv("DAGSTER_HOME", str(mini.home))
     monkeypatch.setenv("FINETUNE_PROJECT", str(mini.root))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
