@@ -46,34 +46,13 @@ def finetune(*words: str, environment: Mapping[str, str] | None = None) -> dict:
     return json.loads(done.stdout)
 
 
-def tiny_model(tokenizer: Path, folder: Path) -> None:
-    """A random two-layer Llama with a real tokenizer and chat template."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
     from tests.conftest import make_mini
+    from tests.tiny_model import tiny_model
 
     demo = finetune("artifacts", "demo")
     figures: list[tuple[float, dict[str, float]]] = []

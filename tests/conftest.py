@@ -18,6 +18,7 @@ from finetune_assets import base_model
 from finetune_assets.device import Device, choose_device
 from finetune_assets.project import Project
 from finetune_assets.recipe_file import load_recipe
+from tests.tiny_model import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -52,27 +53,8 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def tiny_base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with the real tokenizer and chat template: seconds for a whole chain."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("tiny") / "base"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_model(smollm2, folder)
     return folder
 
 

@@ -45,15 +45,15 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-def hold() -> subprocess.Popen[str]:
-    """Another process that holds the CPU."""
+def hold(program: str = HOLDER, says: str = "held") -> subprocess.Popen[str]:
+    """Another process that holds the CPU, as it has just said."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER],
+        [sys.executable, "-c", program],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None and process.stdout.readline() == f"{says}\n"
     return process
 
 
@@ -98,13 +98,7 @@ def test_a_device_is_free_only_when_the_worker_of_a_killed_run_has_gone(tmp_path
         f"    launch.run({{'task': 'train'}}, lambda event: print('works', flush=True), held=[lease.lock],\n"
         f"               worker=[sys.executable, '-S', {str(tmp_path / 'worker.py')!r}], grace_seconds=1.0)\n"
     )
-    other = subprocess.Popen(
-        [sys.executable, "-c", launcher],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert other.stdout is not None and other.stdout.readline() == "works\n"
+    other = hold(launcher, says="works")
     other.kill()
     other.wait()
     told: list[dict] = []
