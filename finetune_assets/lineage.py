@@ -125,15 +125,6 @@ NODES: dict[str, Node] = {
 """Every asset, upstreams before downstreams."""
 
 
-def downstream_of(names: set[str]) -> set[str]:
-    """The named assets and everything that reads them, directly or not."""
-    found = set(names)
-    for node in NODES.values():
-        if any(up.asset in found for up in node.upstreams):
-            found.add(node.name)
-    return found
-
-
 def upstream_of(names: set[str]) -> set[str]:
     """The named assets and everything that they read, directly or not."""
     found = set(names)
