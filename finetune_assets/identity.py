@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic_core import PydanticUndefined
+
 from finetune_assets.artifacts import Artifact, Fingerprint
 from finetune_assets.lineage import Node
 from finetune_assets.recipe import Recipe, Section
+
+# What an ingredient is called that an earlier release did not look at, or that this one does not any more.
+NOT_ON_RECORD, OF_NO_ACCOUNT = "not on record", "of no account"
 
 
 def fingerprint(
@@ -55,7 +60,7 @@ def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
 
 
 def default(section: Section, field: str) -> Any:
-    """The value of a section's key when the recipe does not give it."""
+    """The value of a section's key when the recipe does not give it; PydanticUndefined where it has to."""
     return type(section).model_fields[field].get_default(call_default_factory=True)
 
 
@@ -72,7 +77,8 @@ def differences(
     """
     reasons: list[str] = []
     for key, before, after in _changed(old, new, "recipe", lambda key: _default_of(key, recipe)):
-        reasons.append(f"{key} {shown(before)} -> {shown(after)}")
+        was = NOT_ON_RECORD if before is PydanticUndefined else shown(before)
+        reasons.append(f"{key} {was} -> {OF_NO_ACCOUNT if after is PydanticUndefined else shown(after)}")
     for kind, name in (("sources", "source"), ("upstreams", "upstream")):
         for key, before, after in _changed(old, new, kind):
             if before is None or after is None:
@@ -81,7 +87,7 @@ def differences(
                 inside = look(kind, key)
                 reasons.append(f"{name} {key}: {inside}" if inside else f"{name} {key} changed")
     for key, before, after in _changed(old, new, "tools"):
-        reasons.append(f"{key} {'not on record' if before is None else before} -> {after or 'of no account'}")
+        reasons.append(f"{key} {before or NOT_ON_RECORD} -> {after or OF_NO_ACCOUNT}")
     if old.get("code_version") != new["code_version"]:
         reasons.append(f"code version {old.get('code_version')} -> {new['code_version']}")
     return reasons

@@ -13,6 +13,7 @@ from finetune_assets.artifacts import ArtifactStore, Made
 from finetune_assets.assets.dataset_info import DATASET_INFO
 from finetune_assets.assets.raw_dataset import RAW_DATASET
 from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.identity import differences, own_ingredients
 from finetune_assets.lineage import NODES, upstream_of
 from finetune_assets.materialise import Outcome, Step, materialise
 from finetune_assets.plan import Planned, make_plan, open_store
@@ -42,6 +43,15 @@ def make_data(mini: MiniProject) -> None:
 def states(mini: MiniProject) -> tuple[str, str]:
     found = plan(mini)
     return found["raw_dataset"].state, found["dataset_info"].state
+
+
+def test_a_required_key_that_a_release_begins_to_read(mini: MiniProject):
+    recipe = load_recipe(mini.recipe_path())
+    with_key = {**own_ingredients(NODES["raw_dataset"], recipe, {}), "upstreams": {}}
+    without = {**with_key, "recipe": {}}
+    name = ", ".join(recipe.dataset.dataset)
+    assert differences(without, with_key, recipe) == [f"dataset.dataset not on record -> [{name}]"]
+    assert differences(with_key, without, recipe) == [f"dataset.dataset [{name}] -> of no account"]
 
 
 def test_nothing_is_there_at_first(mini: MiniProject):
