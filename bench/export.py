@@ -2,13 +2,17 @@
 
 usage: python bench/export.py [RECIPE] [--rounds N]
 
-- merge: against copying the base model's files, and against PEFT's merge_and_unload + save_pretrained
-- merge of 1.5B: random bf16 weights of Qwen2's shape in 4 shards, an adapter on every linear layer; with and without
-  the import of torch, and until all is on the disk (a lineage publishes nothing before)
+- merge: against copying the base model's files (shutil.copyfile), and against PEFT's merge_and_unload + save_pretrained
+- merge of 1.5B: random bf16 weights of Qwen2's shape in 4 shards, an adapter of rank 8 on every linear layer, against
+  copying: with torch imported before the clock starts, as in our worker, and without; the same until all is on the disk
+  (a lineage publishes nothing before); the same from files that have to be read from the disk
 - q8_0: against the numpy quantiser of the gguf package
 
-Each pair is measured in turn, N rounds; printed are the medians and the ratio of the medians. Every measurement is a
-process of its own, so that peak memory (MB, resident, page cache of mapped files included) is that of the work.
+All works of a comparison are measured in turn, N rounds; printed are the medians, and how they compare with the first.
+Every measurement is a process of its own, so that peak memory (MB, resident, page cache of mapped files included) is
+that of the work. Before the clock starts, what is read is in the page cache, and as much memory as the copy takes has
+been used and given back: a virtual machine may have to ask its host for memory that nobody used of late, and that
+takes longer than the copy.
 """
 
 from __future__ import annotations
@@ -29,13 +33,19 @@ if TYPE_CHECKING:
 
 SHARDS = 4
 
+COPY = "[shutil.copyfile(p, Path(out) / p.name) for p in Path(a).iterdir() if p.is_file()]"
+READY = COPY + "; [p.unlink() for p in Path(out).iterdir()]\n"
+TORCH = "import torch\n"
+FORGET = (
+    "for p in Path(a).iterdir():\n"
+    "    os.fsync(f := os.open(p, os.O_RDONLY)); os.posix_fadvise(f, 0, 0, os.POSIX_FADV_DONTNEED)\n"
+)
+DURABLE = "; [os.fsync(os.open(p, os.O_RDONLY)) for p in Path(out).iterdir()]"
 MERGE = (
     "from finetune_assets.export.merge import merge; "
     "merge(Path(a), Path(b), Path(out), export_size=5, export_dtype='auto')"
 )
 MERGE_1B5 = MERGE.replace("export_size=5", "export_size=0.8")
-COPY = "import shutil; [shutil.copyfile(p, Path(out) / p.name) for p in Path(a).iterdir() if p.is_file()]"
-DURABLE = "; [os.fsync(os.open(p, os.O_RDONLY)) for p in Path(out).iterdir()]"
 PEFT = (
     "from transformers import AutoModelForCausalLM; from peft import PeftModel; import torch;"
     "m = AutoModelForCausalLM.from_pretrained(a, dtype='auto'); "
@@ -50,22 +60,20 @@ NUMPY_Q8 = (
     "        gguf.quantize(rows, gguf.GGMLQuantizationType.Q8_0).tofile(out + '/x')"
 )
 TIMER = """
-import os, resource, sys, time
+import os, resource, shutil, sys, time
 from pathlib import Path
 a, b, out = sys.argv[1:4]
-{before}
-started = time.perf_counter()
+{before}started = time.perf_counter()
 {work}
 print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
-def measure(work: str, arguments: Sequence[str]) -> tuple[float, float]:
+def measure(work: str, arguments: Sequence[str], before: str = "") -> tuple[float, float]:
     """Seconds and peak memory (MB) of a piece of work in a fresh process.
 
-    Imports count, as a user waits for them, but for a line at the beginning of the work.
+    Its imports count, as a user waits for them; what comes `before` does not.
     """
-    before, _, work = work.rpartition("\n\n")
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-W", "ignore", "-c", TIMER.format(before=before, work=work), *arguments, out]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -73,18 +81,18 @@ def measure(work: str, arguments: Sequence[str]) -> tuple[float, float]:
     return float(seconds), float(memory)
 
 
-def compare(title: str, works: dict[str, str], arguments: Sequence[str], rounds: int) -> None:
-    """Measure all works in turn, `rounds` times, and print medians and ratios to the first."""
+def compare(title: str, works: dict[str, tuple[str, str]], arguments: Sequence[str], rounds: int) -> None:
+    """Measure all works (before the clock starts, after) in turn, `rounds` times, and print medians and ratios."""
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(rounds):
-        for name, work in works.items():
-            figures[name].append(measure(work, arguments))
+        for name, (before, work) in works.items():
+            figures[name].append(measure(work, arguments, before))
     print(f"\n{title}")
     first = statistics.median(seconds for seconds, _ in figures[next(iter(works))])
     for name, found in figures.items():
         seconds = statistics.median(seconds for seconds, _ in found)
         memory = statistics.median(memory for _, memory in found)
-        print(f"  {name:<28}{seconds:8.2f} s{memory:9.0f} MB   time ratio of the first to this {first / seconds:.2f}")
+        print(f"  {name:<28}{seconds:8.2f} s{memory:9.0f} MB{seconds / first:8.2f} x the first")
 
 
 def make_1b5(folder: Path) -> list[str]:
@@ -147,19 +155,29 @@ def main() -> None:
     )
     paths = {name: entry["path"] for name, entry in json.loads(listing.stdout).items()}
     model = [paths["base_model"], paths["lora_adapter"]]
-    compare("merge", {"ours, shard by shard": MERGE, "copying the files": COPY, "PEFT": PEFT}, model, options.rounds)
+    works = {
+        "copying": (READY, COPY),
+        "ours, torch imported": (TORCH + READY, MERGE),
+        "ours": (READY, MERGE),
+        "PEFT": (READY, PEFT),
+    }
+    compare("merge", works, model, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        works = {
-            "copying": COPY,
-            "ours, torch imported": f"import torch\n\n{MERGE_1B5}",
-            "ours": MERGE_1B5,
-            "copying, to the disk": COPY + DURABLE,
-            "ours, to the disk": MERGE_1B5 + DURABLE,
-        }
         # in a process of its own: what is started from a large one counts its memory as its own
         with multiprocessing.get_context("spawn").Pool(1) as maker:
             model = maker.apply(make_1b5, (Path(folder),))
-        compare("merge of 1.5B in 4 shards", works, model, options.rounds)
+        title = "merge of 1.5B in 4 shards"
+        for conditions, ready, after in (
+            ("", READY, ""),
+            (", until it is on the disk", READY, DURABLE),
+            (", from the disk", READY + FORGET, ""),
+        ):
+            works = {
+                "copying": (ready, COPY + after),
+                "ours, torch imported": (TORCH + ready, MERGE_1B5 + after),
+                "ours": (ready, MERGE_1B5 + after),
+            }
+            compare(title + conditions, works, model, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/f32.gguf"
         convert = (
@@ -167,7 +185,8 @@ def main() -> None:
             "convert(Path(a), Path(b), 'f32', Project.find().cache, name='bench')"
         )
         measure(convert, [paths["merged_model"], source])
-        compare("f32 -> q8_0", {"ours": OURS_Q8, "gguf's numpy": NUMPY_Q8}, [source, "-"], options.rounds)
+        works = {"gguf's numpy": ("", NUMPY_Q8), "ours": ("", OURS_Q8)}
+        compare("f32 -> q8_0", works, [source, "-"], options.rounds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,11 @@ def load(folder: Path) -> dict[str, Any]:
     return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
 
 
-def by_peft(base: Path, adapter: Path) -> Any:
+def by_peft(base: Path, adapter: Path, dtype: Any = "auto") -> Any:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter)
     return model.merge_and_unload()
 
 
@@ -115,12 +116,31 @@ def test_a_file_system_that_cannot_copy_by_itself(
     merge(bases["untied"], adapter, tmp_path / "kernel", export_size=5, export_dtype="auto")
 
     def refuse(*_: Any) -> int:
-        raise OSError(errno.EXDEV, "not across file systems")
+        raise OSError(errno.EOPNOTSUPP, "not on this file system")
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
     merge(bases["untied"], adapter, tmp_path / "ours", export_size=5, export_dtype="auto")
     ours, kernel = (tmp_path / name / "model.safetensors" for name in ("ours", "kernel"))
     assert ours.read_bytes() == kernel.read_bytes()
+
+
+def test_a_disk_without_room_says_so_before_anything_is_computed(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tiny_adapter(bases["untied"], tmp_path / "adapter")
+    asked: list[int] = []
+
+    def full(_: int, offset: int, size: int) -> None:
+        asked.append(offset + size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    seen: list[dict[str, Any]] = []
+    with pytest.raises(OSError, match="No space left"):
+        merge(bases["untied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto", progress=seen.append)
+    assert not seen
+    assert asked == [(bases["untied"] / "model.safetensors").stat().st_size]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -131,6 +151,20 @@ def test_dtype_is_cast_once_from_float32(bases: dict[str, Path], tmp_path: Path,
     ours = load(tmp_path / "out")
     assert all(torch.equal(ours[k], exact[k].to(getattr(torch, dtype))) for k in ours)
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_a_16_bit_base_is_computed_in_float32_and_rounded_once(tmp_path: Path, kind: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    wide = tiny_base(tmp_path / "float32", tied=False)
+    AutoModelForCausalLM.from_pretrained(wide, dtype=torch.bfloat16).save_pretrained(base)
+    adapter = tiny_adapter(base, tmp_path / "adapter", **kind)
+    merge(base, adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    exact, ours = by_peft(base, adapter, torch.float32).state_dict(), load(tmp_path / "out")
+    assert {tensor.dtype for tensor in ours.values()} == {torch.bfloat16}
+    assert ours.keys() == exact.keys() and all(torch.equal(ours[k], exact[k].bfloat16()) for k in ours)
 
 
 def test_companions_and_stop_tokens(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -147,19 +181,70 @@ def test_companions_and_stop_tokens(bases: dict[str, Path], tmp_path: Path) -> N
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
 
 
-def test_a_head_trained_apart_from_tied_embeddings_is_untied(bases: dict[str, Path], tmp_path: Path) -> None:
+APART = {
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embeddings saved": {"modules_to_save": ["embed_tokens"]},
+    "both saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "adapter on the head": {"target_modules": ["lm_head", "q_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", APART.values(), ids=APART)
+def test_tied_embeddings_are_untied_where_one_was_trained(
+    bases: dict[str, Path], tmp_path: Path, kind: dict[str, Any]
+) -> None:
     """PEFT would write the head's change into the input embeddings too, or lose it when the model is saved."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for kind in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head", "q_proj"]}):
-        adapter = tiny_adapter(bases["tied"], tmp_path / f"adapter-{next(iter(kind))}", **kind)
-        out = tmp_path / f"out-{next(iter(kind))}"
-        merge(bases["tied"], adapter, out, export_size=5, export_dtype="auto")
-        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["tied"]), adapter)
-        merged = AutoModelForCausalLM.from_pretrained(out)
-        assert merged.config.tie_word_embeddings is False
-        torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-5)
+    adapter = tiny_adapter(bases["tied"], tmp_path / "adapter", **kind)
+    merge(bases["tied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["tied"]), adapter)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.tie_word_embeddings is False
+    assert merged.lm_head.weight.data_ptr() != merged.model.embed_tokens.weight.data_ptr()
+    torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-5)
+
+
+ADDED: dict[str, tuple[dict[str, Any], bool]] = {  # kind of adapter, and whether tied embeddings stay so
+    "adapter": ({}, True),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "embeddings saved": ({"modules_to_save": ["embed_tokens"]}, False),
+    "saved as one": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "adapter on the head": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "their rows": ({"target_modules": ["q_proj"], "trainable_token_indices": [320, 321]}, True),
+}
+
+
+@pytest.mark.parametrize(("kind", "one"), ADDED.values(), ids=ADDED)
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_added_tokens(bases: dict[str, Path], tmp_path: Path, name: str, kind: dict[str, Any], one: bool) -> None:
+    """PEFT saves the larger embeddings with the adapter, under several names. They belong to the larger base only."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(bases[name])
+    network.resize_token_embeddings(330)
+    network.save_pretrained(tmp_path / "larger")
+    settings: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model: Any = get_peft_model(network, LoraConfig(**(settings | kind)))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * 0.1
+    adapter = tmp_path / "adapter"
+    model.save_pretrained(adapter)
+    merge(tmp_path / "larger", adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == len(merged.lm_head.weight) == 330
+    with torch.no_grad():
+        every = torch.arange(330).unsqueeze(0)
+        torch.testing.assert_close(merged(every).logits, model.eval()(every).logits, rtol=1e-4, atol=1e-5)
+    assert merged.config.tie_word_embeddings is (name == "tied" and one)
+    with pytest.raises(BadInput, match=r"has 330 tokens, .*tied has 320") as caught:
+        merge(bases[name], adapter, tmp_path / "no", export_size=5, export_dtype="auto")
+    assert "add them to the base model" in str(caught.value)
 
 
 def test_modules_to_save_take_the_place_of_the_base_weights(bases: dict[str, Path], tmp_path: Path) -> None:
@@ -170,18 +255,46 @@ def test_modules_to_save_take_the_place_of_the_base_weights(bases: dict[str, Pat
     assert ours.keys() == exact.keys() and all(torch.equal(ours[k], exact[k]) for k in ours)
 
 
-def test_other_adapters_go_through_peft_and_say_so(bases: dict[str, Path], tmp_path: Path) -> None:
-    for number, kind in enumerate(({"target_modules": ["embed_tokens", "q_proj"]}, {"lora_bias": True})):
-        base = bases["untied"]
-        if "lora_bias" in kind:
-            base = tiny_base(tmp_path / "biased", tied=False, attention_bias=True)
-            kind = kind | {"target_modules": ["q_proj"]}
-        adapter = tiny_adapter(base, tmp_path / f"adapter{number}", **kind)
-        report = merge(base, adapter, tmp_path / f"out{number}", export_size=5, export_dtype="auto")
-        assert report["method"] == "peft"
-        assert report["reason"]
-        exact, ours = by_peft(base, adapter).state_dict(), load(tmp_path / f"out{number}")
-        assert all(torch.equal(ours[k], exact[k]) for k in ours)
+OTHERS = {
+    "embeddings": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        r"^the adapter holds .*embed_tokens\.lora_embedding_A$",
+    ),
+    "lora_bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "^lora_bias is set$"),
+    "bias": ({"bias": "lora_only", "target_modules": ["q_proj"]}, r"^trained biases \(bias: lora_only\)$"),
+    "pissa": ({"init_lora_weights": "pissa"}, "^init_lora_weights: pissa changes the base weights$"),
+    "tokens": ({"trainable_token_indices": [3, 5]}, "^trainable_token_indices is set$"),
+}
+
+
+@pytest.mark.parametrize(("kind", "reason"), OTHERS.values(), ids=OTHERS)
+def test_other_adapters_go_through_peft_and_say_why(
+    bases: dict[str, Path], tmp_path: Path, kind: dict[str, Any], reason: str
+) -> None:
+    base = tiny_base(tmp_path / "biased", tied=False, attention_bias=True) if "bias" in str(kind) else bases["untied"]
+    adapter = tiny_adapter(base, tmp_path / "adapter", **kind)
+    report = merge(base, adapter, tmp_path / "out", export_size=5, export_dtype="auto")
+    assert report["method"] == "peft"
+    assert re.search(reason, report["reason"]), report["reason"]
+    exact, ours = by_peft(base, adapter).state_dict(), load(tmp_path / "out")
+    assert ours.keys() == exact.keys() and all(torch.equal(ours[k], exact[k]) for k in ours)
+
+
+def test_another_kind_of_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    from peft import IA3Config, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(bases["untied"]), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    report = merge(bases["untied"], tmp_path / "adapter", tmp_path / "out", export_size=5, export_dtype="auto")
+    assert (report["method"], report["reason"]) == ("peft", "adapter type IA3")
+    exact, ours = by_peft(bases["untied"], tmp_path / "adapter").state_dict(), load(tmp_path / "out")
+    assert ours.keys() == exact.keys() and all(torch.equal(ours[k], exact[k]) for k in ours)
 
 
 def test_refusals_say_why(bases: dict[str, Path], tmp_path: Path) -> None:

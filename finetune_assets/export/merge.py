@@ -37,6 +37,10 @@ FROM_ADAPTER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
     "*.tiktoken", "chat_template.jinja", "chat.json",
 )  # fmt: skip
+PREFIX = "base_model.model."  # of an adapter's tensors
+HEAD = "lm_head.weight"
+# What PEFT writes into an adapter beside the tensors that it reads, once tokens were added to the base model.
+BESIDE = re.compile(r"\.(modules_to_save|original_module|token_adapter)\.")
 
 
 class NeedsPeft(Exception):
@@ -114,8 +118,9 @@ def _stream(
     device: str,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    _check_understood(adapter_config)
     with Checkpoint(base) as weights, Checkpoint(adapter, "adapter_model.safetensors") as lora:
+        _check_vocabulary(weights, lora)
+        _check_understood(adapter_config)
         plan = _plan(weights, lora, config, adapter_config)
         _check_shapes(plan, weights, lora)
         specs = [_spec(plan, weights, name, export_dtype) for name in plan.source]
@@ -145,6 +150,23 @@ def _stream(
     }
 
 
+def _check_vocabulary(weights: Checkpoint, lora: Checkpoint) -> None:
+    """BadInput where the adapter brings embeddings, or an output layer, of more or fewer tokens than the base has."""
+    if (embeddings := _embeddings(weights)) is None:
+        return
+    tokens, width = weights.spec(embeddings).shape
+    for name in lora:
+        of_tokens = name.startswith(tuple(PREFIX + own.removesuffix("weight") for own in (embeddings, HEAD)))
+        if not of_tokens or ".lora_" in name or (shape := lora.spec(name).shape)[1:] != (width,):
+            continue
+        if name.endswith(".weight") and shape[0] != tokens:
+            raise BadInput(
+                f"{lora.folder}: {name} has {shape[0]} tokens, {weights.folder} has {tokens}",
+                "if tokens were added before training, add them to the base model, too, and merge into that "
+                "(resize_token_embeddings, save_pretrained); else the adapter is another model's",
+            )
+
+
 def _check_understood(adapter_config: dict[str, Any]) -> None:
     if adapter_config.get("peft_type") != "LORA":
         raise NeedsPeft(f"adapter type {adapter_config.get('peft_type')}")
@@ -159,15 +181,18 @@ def _check_understood(adapter_config: dict[str, Any]) -> None:
 
 def _plan(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter_config: dict[str, Any]) -> Plan:
     source = {name: name for name in weights}
-    tied, embeddings = _tied(weights, config)
-    head = "lm_head.weight"
-    trained = {name.removeprefix("base_model.model."): name for name in lora}
+    tied, embeddings = _tied(weights, config), _embeddings(weights)
+    trained = {name.removeprefix(PREFIX): name for name in lora}
+    trained = {short: name for short, name in trained.items() if BESIDE.sub(".", short) not in trained.keys() - {short}}
     if tied and embeddings is not None:
-        source.pop(head, None)
-        heads = {embeddings.removesuffix(".weight"), "lm_head"}
-        if any(name.startswith(tuple(f"{module}." for module in heads)) for name in trained):
+        source.pop(HEAD, None)
+        of_both = tuple(name.removesuffix("weight") for name in (embeddings, HEAD))
+        touched = {short for short in trained if short.startswith(of_both)}
+        if touched == {embeddings, HEAD} and _equal(lora, *(trained[short] for short in touched)):
+            del trained[HEAD]
+        elif touched:
             # One of the two was trained without the other: they are two tensors from now on.
-            source[head] = embeddings
+            source[HEAD] = embeddings
             tied = False
     updates: dict[str, Update] = {}
     replaced: dict[str, str] = {}
@@ -175,8 +200,8 @@ def _plan(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter
         if short.endswith(".lora_A.weight"):
             module = short.removesuffix(".lora_A.weight")
             target = f"{module}.weight"
-            partner = f"base_model.model.{module}.lora_B.weight"
-            magnitude = f"base_model.model.{module}.lora_magnitude_vector"
+            partner = f"{PREFIX}{module}.lora_B.weight"
+            magnitude = f"{PREFIX}{module}.lora_magnitude_vector"
             if partner not in lora:
                 raise BadInput(f"{lora.folder}: {name} has no {partner} beside it", "make or fetch the adapter again")
             has_magnitude = bool(adapter_config.get("use_dora"))
@@ -197,12 +222,22 @@ def _plan(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter
     return Plan(source, updates, replaced, tied if tied is False else None)
 
 
-def _tied(weights: Checkpoint, config: dict[str, Any]) -> tuple[bool, str | None]:
-    """Whether output and input embeddings are one tensor, and the name of the latter where it is known."""
-    said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
-    tied = "lm_head.weight" not in weights if said is None else bool(said)
+def _embeddings(weights: Checkpoint) -> str | None:
+    """The name of the input embeddings, where it is known."""
     names = [name for name in weights if name.endswith("embed_tokens.weight")]
-    return tied, names[0] if len(names) == 1 else None
+    return names[0] if len(names) == 1 else None
+
+
+def _tied(weights: Checkpoint, config: dict[str, Any]) -> bool:
+    """Whether output and input embeddings are one tensor."""
+    said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    return HEAD not in weights if said is None else bool(said)
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    import torch
+
+    return torch.equal(checkpoint.tensor(one), checkpoint.tensor(other))
 
 
 def _scale(module: str, config: dict[str, Any], rank: int, folder: Path) -> float:
@@ -280,9 +315,9 @@ def _merge_with_peft(
             f"PEFT cannot put {adapter} on {base}: {str(error).strip().splitlines()[0]}",
             "the adapter was trained on another base model",
         ) from error
-    if loaded.unexpected_keys:
+    if strange := [name for name in loaded.unexpected_keys if not BESIDE.search(name)]:
         raise BadInput(
-            f"{base} has no place for {loaded.unexpected_keys[0]} of {adapter}",
+            f"{base} has no place for {strange[0]} of {adapter}",
             "the adapter was trained on another base model",
         )
     merged: Any = tuned.to(device).merge_and_unload(safe_merge=True)

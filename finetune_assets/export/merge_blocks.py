@@ -6,28 +6,27 @@ core. How rows are cut into blocks changes no bit: an element of B A is the same
 
 from __future__ import annotations
 
-import contextlib
-import errno
+import functools
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from finetune_assets.errors import StepFailed
+from finetune_assets.export.file_rows import Rows, create
 from finetune_assets.export.shards import BYTES_OF, FLOATS, Checkpoint, Spec, head
 
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 18  # weights: 1 MiB in float32, so that a block and its change fit a core's cache
+BLOCK = 1 << 18  # weights: 1 MiB in float32; fewer cost more calls, more do not stay in a core's cache
 PORTION = 1 << 23  # weights that a thread takes at a time
 FEWEST = 16  # rows of a block: products of a row or two may be summed in another order
-NO_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}  # of a kernel that cannot
+FLOAT_NAMES = {stored: name for name, stored in FLOATS.items()}  # torch's names of the types of safetensors
 
 
 @dataclass(frozen=True)
@@ -68,62 +67,45 @@ def write_shards(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, do
     import torch
 
     threads = torch.get_num_threads()
+    # one thread of torch's to each of ours
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    queues: list[list[tuple[_Tensor, tuple[int, int]]]] = []
+    for path, origins in shards.items():
+        start, places = head([spec for spec, _ in origins])
+        create(path, start, len(start) + sum(spec.nbytes for spec, _ in origins))
+        for_file = zip(origins, places, strict=True)
+        tensors = [_Tensor(spec, origin, lora, device, path, place) for (spec, origin), place in for_file]
+        queues.append([(tensor, portion) for tensor in tensors for portion in tensor.portions()])
+    # the files in turn: of two threads that write to one file, one waits
+    in_turn = [job for turn in itertools.zip_longest(*queues) for job in turn if job is not None]
     try:
-        # As many files at a time as there are threads: two that write to one file wait for each other.
-        for first in range(0, len(shards), threads):
-            _write(dict(list(shards.items())[first : first + threads]), lora, device, done, threads)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _write(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, done: Callable[[], None], threads: int) -> None:
-    import torch
-
-    with contextlib.ExitStack() as files:
-        # one thread of torch's to each of ours
-        pool = files.enter_context(ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)))
-        files.callback(pool.shutdown, cancel_futures=True)
-        sources: dict[Path, int] = {}
-        queues: list[list[tuple[_Tensor, tuple[int, int]]]] = []
-        for path, origins in shards.items():
-            start, places = head([spec for spec, _ in origins])
-            out = files.enter_context(path.open("wb"))
-            out.write(start)
-            out.flush()
-            queue: list[tuple[_Tensor, tuple[int, int]]] = []
-            for (spec, origin), place in zip(origins, places, strict=True):
-                file, begin = origin.checkpoint.place(origin.name)
-                if file not in sources:
-                    sources[file] = files.enter_context(file.open("rb")).fileno()
-                tensor = _Tensor(spec, origin, lora, device, (sources[file], begin), (out.fileno(), place))
-                queue += [(tensor, portion) for portion in tensor.portions()]
-            queues.append(queue)
-        jobs: dict[Future[None], str] = {}
-        for tensor, portion in (job for turn in itertools.zip_longest(*queues) for job in turn if job is not None):
-            jobs[pool.submit(tensor.write, *portion)] = tensor.spec.name
+        jobs = {pool.submit(tensor.write, *portion): tensor.spec.name for tensor, portion in in_turn}
         left = Counter(jobs.values())
         for job in as_completed(jobs):
             job.result()
             left[jobs[job]] -= 1
             if not left[jobs[job]]:
                 done()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor on its way: (descriptor, place of the first byte) it is read from, and that it is written to."""
+    """One tensor on its way into a file, where its first byte has a place."""
 
     spec: Spec
     origin: Origin
     lora: Checkpoint
     device: str
-    read: tuple[int, int]
-    written: tuple[int, int]
+    path: Path
+    place: int
 
     @property
     def width(self) -> int:
         """Weights of a row; what is not multiplied is cut wherever it suits."""
-        return self.spec.shape[1] if self.origin.update is not None else 1
+        return max(1, self.spec.shape[1]) if self.origin.update is not None else 1
 
     def portions(self) -> list[tuple[int, int]]:
         """Ranges of rows, one for each job."""
@@ -131,33 +113,34 @@ class _Tensor:
 
     def write(self, first: int, last: int) -> None:
         """Compute and write the rows from `first` up to `last`."""
-        if first == last:
-            return
         stored = self.origin.checkpoint.spec(self.origin.name).dtype
-        size, size_made = BYTES_OF[stored] * self.width, BYTES_OF[self.spec.dtype] * self.width
-        (source, begin), (target, place) = self.read, self.written
-        if self.origin.update is None and stored == self.spec.dtype and self.origin.checkpoint is not self.lora:
-            _copy(source, begin + first * size, target, place + first * size_made, (last - first) * size)
-            return
-        import torch
+        file, begin = self.origin.checkpoint.place(self.origin.name)
+        with file.open("rb") as source, self.path.open("r+b") as target:
+            read = Rows(source.fileno(), begin, self.width * BYTES_OF[stored])
+            written = Rows(target.fileno(), self.place, self.width * BYTES_OF[self.spec.dtype])
+            as_it_is = self.origin.update is None and stored == self.spec.dtype
+            if as_it_is and self.origin.checkpoint is not self.lora:
+                read.copy(first, last, written)
+            elif first < last:
+                self._compute(first, last, read, written, FLOAT_NAMES[stored])
 
-        dtypes = {stored: getattr(torch, name) for name, stored in FLOATS.items()}
+    def _compute(self, first: int, last: int, read: Rows, written: Rows, stored: str) -> None:
         blocks = self._parts(first, last, BLOCK)
-        rows = max(high - low for low, high in blocks)
-        # for all blocks: fresh memory would cost more than the arithmetic
-        raw = torch.empty(rows, self.width, dtype=dtypes[stored])
-        made = torch.empty(rows, self.width, dtype=dtypes[self.spec.dtype])
-        weight = torch.empty(rows, self.width, device=self.device)
-        change = _Change(self.origin.update, self.lora, self.device, rows) if self.origin.update is not None else None
+        sizes = {high - low for low, high in blocks}
+        update, most = self.origin.update, max(sizes)
+        change = _Change(update, self.lora, most, self.device) if update is not None else None
+        memory = _Block.of(most, self.width, stored, FLOAT_NAMES[self.spec.dtype], self.device)
+        views = {rows: memory.first(rows) for rows in sizes}
         for low, high in blocks:
-            part = slice(high - low)
-            _fill(source, _bytes(raw[part]), begin + low * size)
-            weight[part] = raw[part]
+            block = views[high - low]
+            read.read(low, block.raw_bytes)
+            block.weight.copy_(block.raw)
             if change is not None:
-                change.apply(weight[part], low, high)
-            self._check(weight[part], made.dtype)
-            made[part] = weight[part]
-            _pour(target, _bytes(made[part]), place + low * size_made)
+                change.apply(block.weight, low, high)
+            block.made.copy_(block.weight)
+            if not block.finite():
+                self._fail()
+            written.write(low, block.made_bytes)
 
     def _parts(self, first: int, last: int, weights: int) -> list[tuple[int, int]]:
         """The rows in parts of nearly the same length, of about so many weights."""
@@ -165,12 +148,7 @@ class _Tensor:
         edges = [first + (last - first) * number // count for number in range(count + 1)]
         return list(itertools.pairwise(edges))
 
-    def _check(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
-        import torch
-
-        # rounding keeps order: where least and largest are finite, all are; NaN is both
-        if bool(torch.stack(torch.aminmax(weight)).to(dtype).isfinite().all()):
-            return
+    def _fail(self) -> NoReturn:
         if self.spec.dtype == "F16":
             raise StepFailed(
                 f"{self.spec.name} does not fit float16 once merged", "set export.export_dtype to bfloat16 or float32"
@@ -180,10 +158,49 @@ class _Tensor:
         )
 
 
+class _Block:
+    """Memory for some rows: as they are stored, in float32, and as they will be written.
+
+    One for all blocks of a portion, and views made once: fresh memory would cost more than the arithmetic.
+    """
+
+    def __init__(self, raw: torch.Tensor, weight: torch.Tensor, made: torch.Tensor):
+        import numpy as np
+        import torch
+
+        self.raw, self.weight, self.made = raw, weight, made
+        self.raw_bytes, self.made_bytes = _bytes(raw), _bytes(made)
+        kinds = [f"{kind}{made.element_size()}" for kind in "iu"]
+        infinite = _bytes(torch.tensor([math.inf, -math.inf], dtype=made.dtype))
+        self._bits = [np.frombuffer(self.made_bytes, kind) for kind in kinds]
+        self._least = [int(np.frombuffer(infinite, kind)[sign]) for sign, kind in enumerate(kinds)]
+
+    @classmethod
+    def of(cls, rows: int, width: int, stored: str, made: str, device: str) -> _Block:
+        import torch
+
+        raw = torch.empty(rows, width, dtype=getattr(torch, stored))
+        weight = raw.to(device, torch.float32)  # the same memory where there is nothing to convert
+        return cls(raw, weight, weight.to("cpu", getattr(torch, made)))
+
+    def first(self, rows: int) -> _Block:
+        """A view of the first rows."""
+        raw = self.raw[:rows]
+        weight = raw if self.weight is self.raw else self.weight[:rows]
+        return _Block(raw, weight, weight if self.made is self.weight else self.made[:rows])
+
+    def finite(self) -> bool:
+        """Whether nothing that will be written is infinite or NaN.
+
+        Read as integers these are the largest of their sign: signed ones show the positive, unsigned the negative.
+        """
+        return all(bits.max() < least for bits, least in zip(self._bits, self._least, strict=True))
+
+
 class _Change:
     """An update, ready to be applied to at most `rows` rows at a time. The arithmetic and its order are PEFT's."""
 
-    def __init__(self, update: Update, lora: Checkpoint, device: str, rows: int):
+    def __init__(self, update: Update, lora: Checkpoint, rows: int, device: str):
         import torch
 
         def fetch(name: str) -> torch.Tensor:
@@ -191,17 +208,38 @@ class _Change:
 
         self.a, self.b, self.scale = fetch(update.a), fetch(update.b), update.scale
         self.magnitude = fetch(update.magnitude) if update.magnitude is not None else None
-        self.delta = torch.empty(rows, self.a.shape[1], device=device)
+        rank, width = self.a.shape
+        self.one_pass = _one_pass(rows, rank, width, self.scale, device)
+        self.delta = torch.empty(0 if self.one_pass else rows, width, device=device)
 
     def apply(self, weight: torch.Tensor, first: int, last: int) -> None:
         """Change the rows `weight` (float32, those from `first` up to `last`) in place. Shape (last - first, in)."""
         import torch
 
-        weight += torch.mm(self.b[first:last], self.a, out=self.delta[: last - first]).mul_(self.scale)
+        b = self.b[first:last]
+        if self.one_pass:
+            weight.addmm_(b, self.a, alpha=self.scale)
+        else:
+            weight += torch.mm(b, self.a, out=self.delta[: last - first]).mul_(self.scale)
         if self.magnitude is not None:
             # DoRA (arXiv 2402.09353, eq. 5): the direction of W + BA, the length from the magnitude.
             factor = self.magnitude[first:last] / torch.linalg.norm(weight, dim=1)
             weight *= factor.view(-1, 1)
+
+
+@functools.cache
+def _one_pass(rows: int, rank: int, width: int, scale: float, device: str) -> bool:
+    """Whether addmm has the bits of PEFT's product, multiplication and sum one after another; found by trying.
+
+    It has where nothing is rounded between them: a scale that is a power of two, and a rank that the library does not
+    sum in parts.
+    """
+    import torch
+
+    chance = torch.Generator(device).manual_seed(0)
+    shapes = ((rows, width), (rows, rank), (rank, width))
+    weight, b, a = (torch.randn(shape, generator=chance, device=device) for shape in shapes)
+    return torch.equal(torch.addmm(weight, b, a, alpha=scale), weight + (b @ a) * scale)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -209,36 +247,3 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def _fill(source: int, view: memoryview, at: int) -> None:
-    while len(view):
-        if not (got := os.preadv(source, [view], at)):
-            raise StepFailed("a file of weights ends before its tensors do", "fetch or make it again")
-        view, at = view[got:], at + got
-
-
-def _pour(target: int, view: memoryview, at: int) -> None:
-    while len(view):
-        done = os.pwrite(target, view, at)
-        view, at = view[done:], at + done
-
-
-def _copy(source: int, begin: int, target: int, place: int, size: int) -> None:
-    """Bytes from file to file; the kernel does it where it can (Linux, most file systems)."""
-    while size and hasattr(os, "copy_file_range"):
-        try:
-            done = os.copy_file_range(source, target, size, begin, place)
-        except OSError as error:
-            if error.errno in NO_COPY:
-                break
-            raise
-        if not done:
-            break
-        begin, place, size = begin + done, place + done, size - done
-    buffer = bytearray(min(size, 1 << 20))
-    while size:
-        view = memoryview(buffer)[: min(size, len(buffer))]
-        _fill(source, view, begin)
-        _pour(target, view, place)
-        begin, place, size = begin + len(view), place + len(view), size - len(view)
