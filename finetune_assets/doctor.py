@@ -51,7 +51,7 @@ def checks(store: Path, cache: Path) -> list[Check]:
     """
     # These wait for the network, meanwhile torch is imported.
     waiting = {name: _in_background(check) for name, check in (("hub", hub), ("ollama", ollama))}
-    found = [python(), torch(), device(), memory(), disk(store), converter(cache), llama_cpp(), quantiser()]
+    found = [python(), torch(), device(), memory(), disk(store), converter(cache), llama_cpp()]
     wait(waiting.values(), timeout=NETWORK_SECONDS)
     late = Check("", "warn", "no answer in time", "see whether the network or a proxy holds it up")
     for name, future in waiting.items():
@@ -173,13 +173,17 @@ def converter(cache: Path) -> Check:
 
 
 def llama_cpp() -> Check:
-    """llama.cpp inside this process, which answers from GGUF files."""
-    return _importable("llama.cpp", ["xllamacpp"], "GGUF files can then be made, but not talked to or checked")
+    """llama.cpp inside this process, which rounds the weights of GGUF files and answers from them."""
+    from finetune_assets.errors import StepFailed
+    from finetune_assets.export import ggml
 
-
-def quantiser() -> Check:
-    """The libraries that write and quantise GGUF files."""
-    return _importable("gguf tools", ["gguf", "libgguf"], "GGUF files cannot be made without")
+    found = _importable("llama.cpp", ["xllamacpp", "gguf"], "GGUF files can neither be made nor talked to without")
+    if found.state == "ok":
+        try:
+            ggml.library()
+        except StepFailed as error:
+            return Check("llama.cpp", "fail", error.message, error.hint)
+    return found
 
 
 def hub() -> Check:

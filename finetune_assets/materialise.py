@@ -21,7 +21,7 @@ from finetune_assets.recipe import Recipe
 Progress = Callable[[dict[str, Any]], None]
 Launch = Callable[[dict[str, Any], Progress], dict[str, Any]]
 RECORDED = (
-    *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "libgguf", "nltk"),
+    *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "nltk"),
     *("peft", "torch", "transformers", "trl", "xllamacpp"),
 )
 

@@ -59,7 +59,7 @@ def test_all_checks_are_quick_and_have_stable_keys(tmp_path: Path) -> None:
     found = doctor.checks(tmp_path / "not" / "yet", tmp_path)
     assert time.monotonic() - started < 10  # under 3 on a machine that has nothing else to do
     names = [
-        "python", "torch", "device", "memory", "disk", "gguf converter", "llama.cpp", "gguf tools", "hub", "ollama"
+        "python", "torch", "device", "memory", "disk", "gguf converter", "llama.cpp", "hub", "ollama"
     ]  # fmt: skip
     assert [check.name for check in found] == names
     assert all(list(entry) == ["name", "state", "found", "advice"] for entry in doctor.as_json(found))
@@ -133,7 +133,7 @@ def test_gguf_converter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_missing_library_and_an_old_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    lacking = doctor._importable("gguf tools", ["json", "no_such_library"], "nothing works")
+    lacking = doctor._importable("llama.cpp", ["json", "no_such_library"], "nothing works")
     assert lacking.state == "fail" and "pip install no_such_library" in str(lacking.advice)
     monkeypatch.setattr(doctor.sys, "version_info", (3, 10, 4))
     assert doctor.python().state == "fail"

