@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.base_model import Local, locate
 from finetune_assets.data.registry import data_file, load_entries
 from finetune_assets.digests import files_below
-from finetune_assets.export.gguf_types import bytes_decided_by
+from finetune_assets.export.gguf_types import bytes_decided_by, figures_decided_by
 from finetune_assets.export.shards import BYTES_OF, FLOATS
 from finetune_assets.identity import default, fingerprint
 from finetune_assets.lineage import NODES
@@ -65,10 +64,17 @@ class Total:
     unsized: tuple[str, ...]
 
 
-def costs(recipe: Recipe, project: Project, plan: Mapping[str, Planned], store: ArtifactStore) -> dict[str, Cost]:
-    """The cost of every asset of a plan that is not fresh."""
+def costs(
+    recipe: Recipe,
+    project: Project,
+    plan: Mapping[str, Planned],
+    store: ArtifactStore,
+    *,
+    also: Collection[str] = (),
+) -> dict[str, Cost]:
+    """The cost of every asset of a plan that is not fresh, and of those that are to be made although they are."""
     known = _Known(recipe, project, plan, store)
-    return {name: COSTS[name](known) for name, item in plan.items() if item.state != "fresh"}
+    return {name: COSTS[name](known) for name, item in plan.items() if item.state != "fresh" or name in also}
 
 
 def total(plan: Mapping[str, Planned], found: Mapping[str, Cost]) -> Total:
@@ -83,11 +89,6 @@ def total(plan: Mapping[str, Planned], found: Mapping[str, Cost]) -> Total:
         untimed=tuple(name for name, cost in found.items() if cost.seconds is None),
         unsized=tuple(name for name, cost in found.items() if cost.bytes is None),
     )
-
-
-def free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 class _Known:
@@ -292,10 +293,12 @@ def _kept_types(known: _Known, past: Artifact | None) -> tuple[set[str], set[str
     if past is None or not own or len(upstreams) < len(node.upstreams):
         return set(), set()
     wanted = fingerprint(node, known.recipe, upstreams, {}).ingredients
-    made, types = past.manifest["ingredients"], set(past.metrics["types"])
-    if bytes_decided_by(made) != bytes_decided_by(wanted):
-        return set(), set()
-    return types, types if all(made[kind] == wanted[kind] for kind in ("upstreams", "tools")) else set()
+    made, types = past.manifest["ingredients"], past.metrics["types"]
+
+    def same(decided_by: Callable[[Mapping[str, Any], str], Any]) -> set[str]:
+        return {kind for kind in types if decided_by(made, kind) == decided_by(wanted, kind)}
+
+    return same(bytes_decided_by), same(figures_decided_by)
 
 
 def _ollama_model(known: _Known) -> Cost:

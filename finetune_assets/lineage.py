@@ -107,11 +107,14 @@ NODES: dict[str, Node] = {
             "gguf_file",
             # the names of base model and data sets are among the files' metadata
             reads=("gguf", "model.model_name_or_path", "model.model_revision", "dataset.dataset"),
-            # the test rows are what files and merged model are compared by
-            upstreams=(Upstream("dataset_info", lambda _: ("test",)), Upstream("merged_model")),
-            # the converter lays out tensors and metadata, libgguf rounds, llama.cpp (xllamacpp) computes
-            tools=lambda: {"converter": converter_version(), **_exactly("libgguf", "xllamacpp")},
-            code_version="3",
+            # the test rows are what files and merged model are compared by; others say which weights matter, if asked
+            upstreams=(
+                Upstream("dataset_info", lambda recipe: ("test", *filter(None, [recipe.gguf.imatrix]))),
+                Upstream("merged_model"),
+            ),
+            # the converter lays out tensors and metadata, llama.cpp (xllamacpp) rounds and computes
+            tools=lambda: {"converter": converter_version(), **_exactly("xllamacpp")},
+            code_version="4",
         ),
         # what the server makes of it has a digest, which the plan asks for
         Node(

@@ -151,6 +151,15 @@ class ExportSection(Section):
     )
 
 
+def _no_test_rows(value: object) -> object:
+    if value == "test":
+        raise ValueError(
+            "the test rows are what the files are measured by, so they must have no say in how the files are made; "
+            "take train or validation"
+        )
+    return value
+
+
 class GgufSection(Section):
     """Which GGUF files to make."""
 
@@ -159,6 +168,11 @@ class GgufSection(Section):
         default={},
         description="Type: how far its next-token distributions may be from the merged model's (mean KL divergence, "
         "nats per token) before the step fails; types that are not named have limits of their own",
+    )
+    imatrix: Annotated[Literal["train", "validation"] | None, BeforeValidator(_no_test_rows)] = Field(
+        default=None,
+        description="Rows by which the model shows which weights matter: the types from q6_k down are rounded by that "
+        "(llama.cpp's importance matrix); left out: all weights matter alike",
     )
 
     @field_validator("types", "max_kl")
@@ -195,6 +209,13 @@ class OllamaSection(Section):
                 "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"
             )
         return name
+
+    @field_validator("stop")
+    @classmethod
+    def _says_something(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("a stop text is empty, and would end every answer before its first word: leave it out")
+        return stop
 
 
 class ScheduleSection(Section):
@@ -243,6 +264,14 @@ class Recipe(Section):
             if kind not in self.gguf.types:
                 near = did_you_mean(kind, self.gguf.types)
                 raise ValueError(f"ollama.types: {kind!r} is not among gguf.types{near}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_rows_for_the_matrix(self) -> Recipe:
+        if self.gguf.imatrix == "validation" and not self.dataset.val_size:
+            raise ValueError(
+                "gguf.imatrix is validation, but dataset.val_size is 0: set dataset.val_size, or take the train rows"
+            )
         return self
 
     @property

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from finetune_assets.artifacts import Artifact, Made
-from finetune_assets.estimate import BITS, Cost, Total, costs, count_rows, free_bytes, total, weights_of
+from finetune_assets.disk import free_bytes
+from finetune_assets.estimate import BITS, Cost, Total, costs, count_rows, total, weights_of
 from finetune_assets.export.gguf_file import Tensor
 from finetune_assets.export.type_policy import tensor_types
 from finetune_assets.materialise import Step

@@ -63,7 +63,7 @@ def test_what_is_told_of_each(mini: MiniProject, made: dict[str, Artifact]):
     assert adapter["recipe"]["train.learning_rate"] == 1e-3
     assert (adapter["seed"], adapter["device"], adapter["precision"]) == (7, "a stand-in", "fp32")
     assert adapter["metrics"] == {"rows": 10, "final_loss": 0.5}
-    assert adapter["libraries"]["torch"] and facts["gguf_file"]["tools"]["libgguf"]
+    assert adapter["libraries"]["torch"] and facts["gguf_file"]["tools"]["xllamacpp"]
     assert adapter["data_version"] == made["lora_adapter"].data_version
     assert data["rows"] == made["dataset_info"].manifest["parts"]
     assert adapter["rows"] == {part: data["rows"][part] for part in ("train", "validation")}

@@ -68,6 +68,7 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path: Path):
         (GOOD + "gguf: {max_kl: 0.5}\n", "gguf.max_kl: input should be a valid dictionary"),
         (GOOD.replace("name: mini", "name: 'a b'"), "'a b' is no Ollama model name"),
         (GOOD.replace("name: mini", "name: ../../etc/x"), "is no Ollama model name"),
+        (GOOD.replace("name: mini}", "name: mini, stop: ['']}"), "a stop text is empty"),
         (GOOD.replace("name: mini}", "name: mini, type: q8_0}\ngguf: {types: f16}"), "not among gguf.types (f16)"),
         (GOOD.replace("./base", "pypi:thing/file.gguf"), "a packaged model is written pypi:PACKAGE==VERSION/FILE.gguf"),
         (GOOD.replace("./base", "pypi:thing==1/file.gguf"), "needs model_sha256"),

@@ -14,17 +14,34 @@ import dagster as dg
 from finetune_assets import base_model
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.export.gguf_types import bytes_decided_by, make_gguf
+from finetune_assets.export import imatrix_file
+from finetune_assets.export.gguf_types import bytes_decided_by, figures_decided_by, make_gguf
 from finetune_assets.export.parity import CHECKS, Figures
 from finetune_assets.export.parity_picture import draw
+from finetune_assets.export.quantise import WEIGHED
 from finetune_assets.materialise import Step
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
+LISTED = 5  # names of tensors on the page
 
 
 def build(step: Step) -> Made:
-    merged, gguf = step.inputs["merged_model"].path, step.recipe.gguf
+    merged, data, gguf = step.inputs["merged_model"].path, step.inputs["dataset_info"].path, step.recipe.gguf
+
+    def measure(source: Path, matrix: Path) -> None:
+        step.launch(
+            {
+                "task": "imatrix",
+                "out": str(step.staging),
+                "merged": str(merged),
+                "gguf": str(source),
+                "rows": str(data / f"{gguf.imatrix}.jsonl"),
+                "file": str(matrix),
+                "model": step.recipe.model.model_dump(),
+            }
+        )
+
     # whoever serves a file needs its stop tokens
     shutil.copyfile(merged / "chat.json", step.staging / "chat.json")
     facts = make_gguf(
@@ -38,6 +55,7 @@ def build(step: Step) -> Made:
         },
         cache=step.project.cache,
         kept=_kept(step.previous, step.ingredients),
+        measure=measure if gguf.imatrix else None,
         progress=step.progress,
     )
     report = step.launch(
@@ -46,9 +64,10 @@ def build(step: Step) -> Made:
             "out": str(step.staging),
             "files": {kind: str(step.staging / entry["file"]) for kind, entry in facts.items()},
             "merged": str(merged),
-            "held_out": str(step.inputs["dataset_info"].path / "test.jsonl"),
+            "held_out": str(data / "test.jsonl"),
             "max_kl": gguf.max_kl,
             "recorded": _recorded(step.previous, step.ingredients),
+            "written": {kind: entry["sha256"] for kind, entry in facts.items()},
             "model": step.recipe.model.model_dump(),
         }
     )
@@ -56,42 +75,52 @@ def build(step: Step) -> Made:
     parts = {kind: [entry["file"], "chat.json"] for kind, entry in facts.items()}
     if len(facts) > 1:
         draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind]["kl"]) for kind in facts})
-    return Made(
-        {
-            "types": {kind: {**facts[kind], **figures[kind]} for kind in facts},
-            "checks": list(CHECKS),
-        },
-        parts=parts,
-        content=sorted({name for files in parts.values() for name in files}),
-    )
+    metrics: dict[str, Any] = {
+        "types": {kind: {**facts[kind], **figures[kind]} for kind in facts},
+        "checks": list(CHECKS),
+    }
+    content = {name for files in parts.values() for name in files}
+    if (matrix := step.staging / imatrix_file.FILE).is_file():
+        weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in WEIGHED)
+        metrics["imatrix"] = {"rows": gguf.imatrix, **imatrix_file.facts(matrix, weighed)}
+        content.add(matrix.name)
+    return Made(metrics, parts=parts, content=sorted(content))
 
 
 def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Path]:
-    """The previous artifact's files, if all that differs from today's wishes is which types are wanted, and why."""
-    if previous is None or bytes_decided_by(previous.manifest["ingredients"]) != bytes_decided_by(wanted):
+    """The previous artifact's files that today's wishes would make again byte for byte: type, or name -> path."""
+    if previous is None:
         return {}
-    return {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
+    there = {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
+    if "imatrix" in previous.metrics:
+        there[imatrix_file.FILE] = previous.path / imatrix_file.FILE
+    made = previous.manifest["ingredients"]
+    return {
+        kind: path for kind, path in there.items() if bytes_decided_by(made, kind) == bytes_decided_by(wanted, kind)
+    }
 
 
 def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The previous artifact's figures, if its files are kept and nothing else has changed that they depend on."""
-    if previous is None or not _kept(previous, wanted):
+    """The previous artifact's figures of files that are kept, if nothing else has changed that they depend on."""
+    if previous is None:
         return {}
     made = previous.manifest["ingredients"]
-    if any(made[key] != wanted[key] for key in wanted if key != "recipe"):
-        return {}
     names = [field.name for field in dataclasses.fields(Figures)]
-    return {kind: {name: entry[name] for name in names} for kind, entry in previous.metrics["types"].items()}
+    return {
+        kind: {name: entry[name] for name in names}
+        for kind, entry in previous.metrics["types"].items()
+        if figures_decided_by(made, kind) == figures_decided_by(wanted, kind)
+    }
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     types = artifact.metrics["types"]
-    files = [f"llama-server -m {artifact.path / entry['file']}" for entry in types.values()]
     page: dict[str, dg.MetadataValue] = {
         "types": table([_row(kind, entry) for kind, entry in types.items()]),
-        "serve it": dg.MetadataValue.md("\n".join(["```", *files, "```"])),
         "checks passed by each": dg.MetadataValue.text(", ".join(artifact.metrics["checks"])),
     }
+    if "imatrix" in artifact.metrics:
+        page["weights weighed by"] = table([_matrix_row(artifact.metrics["imatrix"])])
     if (artifact.path / PICTURE).is_file():
         picture = base64.b64encode((artifact.path / PICTURE).read_bytes()).decode()
         page["size and divergence"] = dg.MetadataValue.md(f"![size and KL](data:image/png;base64,{picture})")
@@ -111,13 +140,27 @@ def _row(kind: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _matrix_row(facts: Mapping[str, Any]) -> dict[str, Any]:
+    without = facts["without"]
+    listed = ", ".join(without[:LISTED]) + (f" and {len(without) - LISTED} more" if len(without) > LISTED else "")
+    return {
+        "rows": facts["rows"],
+        "conversations read": facts["conversations"],
+        "tokens": facts["tokens"],
+        "matrices with statistics": facts["entries"],
+        "without": f"{len(without)}: {listed}" if without else "none",
+        "experts never used": facts["unused_experts"],
+    }
+
+
 GGUF_FILE = StepAsset(
     name="gguf_file",
     description=(
         "The merged model in llama.cpp's format: converted once in full precision by llama.cpp's own converter, then "
         "quantised to each type of the recipe. Every file is run by llama.cpp on held-out conversations before it is "
         "published: same token ids, same words around them, and next-token distributions as near to the merged "
-        "model's as its type allows (gguf.max_kl). A type added later does not redo the others."
+        "model's as its type allows (gguf.max_kl). A type added later does not redo the others. With gguf.imatrix the "
+        "types from q6_k down round the weights that matter most with the most care; imatrix.gguf says which they are."
     ),
     kinds={"gguf"},
     pool=POOL,

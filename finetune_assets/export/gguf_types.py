@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.digests import digest_of_file
+from finetune_assets.export import imatrix_file
 from finetune_assets.export.converter import convert, natural_type
-from finetune_assets.export.quantise import link_or_copy, make_types
+from finetune_assets.export.quantise import WEIGHED, link_or_copy, make_types
 
 
 def make_gguf(
@@ -19,22 +21,32 @@ def make_gguf(
     about: Mapping[str, Any],
     cache: Path,
     kept: Mapping[str, Path],
+    measure: Callable[[Path, Path], None] | None,
     progress: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
-    """Write `out`/`name`-TYPE.gguf for every type; type -> {"file": its name, "bytes": its size}.
+    """Write `out`/`name`-TYPE.gguf for every type; type -> {"file": its name, "bytes": its size, "sha256": hex}.
+
+    With an importance matrix, the types that go by it come with it: `out`/imatrix.gguf.
 
     Args:
         merged: Hugging Face folder with the chat template to embed.
         name, about: the model's name, and what else the files' metadata say; see `convert`.
         cache: where the converter is kept.
-        kept: files made earlier of the same model by the same tools: type -> path.
+        kept: files made earlier of the same model by the same tools: type -> path; imatrix.gguf by its name.
+        measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
 
     Raises:
         StepFailed: the converter does not know the model, or failed.
     """
-    for kind in types:
+    made = {kind: out / f"{name}-{kind}.gguf" for kind in types}
+    digests: dict[str, str] = {}  # of what was written, before anything can happen to it
+    for kind, file in made.items():
         if kind in kept:
-            link_or_copy(kept[kind], out / f"{name}-{kind}.gguf")
+            link_or_copy(kept[kind], file)
+            digests[kind] = digest_of_file(file)
+    matrix = out / imatrix_file.FILE
+    if matrix.name in kept and any(kind in WEIGHED for kind in types):
+        link_or_copy(kept[matrix.name], matrix)
     missing = [kind for kind in types if kind not in kept]
     if missing:
         full = natural_type(merged)
@@ -44,26 +56,41 @@ def make_gguf(
         else:
             progress({"event": "message", "text": f"converting to GGUF ({full})"})
             convert(merged, source, full, cache, name=name, about=about)
+        if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
+            measure(source, matrix)
+        importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None
         for number, kind in enumerate(missing, 1):
             progress({"event": "message", "text": f"making {kind} ({number} of {len(missing)})"})
-            if (out / f"{name}-{kind}.gguf") != source:
-                make_types(source, [kind], out, name)
+            if made[kind] != source:
+                make_types(source, [kind], out, name, importance)
+            digests[kind] = digest_of_file(made[kind])
         if full not in types and full not in kept:
             source.unlink()
     return {
-        kind: {"file": f"{name}-{kind}.gguf", "bytes": (out / f"{name}-{kind}.gguf").stat().st_size} for kind in types
+        kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in made.items()
     }
 
 
-def bytes_decided_by(ingredients: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a gguf_file's fingerprint decides its files; the rest decides how they compare with the merged model.
+def bytes_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What of a gguf_file's fingerprint decides the file of a type; the rest decides how it compares with the model.
 
     Args:
         ingredients: as of `artifacts.Fingerprint`.
+        kind: a type, or imatrix.gguf.
     """
-    decisive = {"upstreams": ("merged_model",), "tools": ("converter", "libgguf")}
-    whole = {key: value for key, value in ingredients.items() if key not in ("recipe", *decisive)}
-    told = {key: value for key, value in ingredients["recipe"].items() if not key.startswith("gguf.")}  # metadata
-    return {**whole, "told": told} | {
-        key: [ingredients[key].get(name) for name in names] for key, names in decisive.items()
+    recipe, upstreams, tools = (ingredients[key] for key in ("recipe", "upstreams", "tools"))
+    decided: dict[str, Any] = {
+        **{key: value for key, value in ingredients.items() if key not in ("recipe", "upstreams", "tools")},
+        "told": {key: value for key, value in recipe.items() if not key.startswith("gguf.")},  # metadata
+        "merged_model": upstreams.get("merged_model"),
+        "tools": [tools.get(name) for name in ("converter", "xllamacpp")],
     }
+    if kind in (*WEIGHED, imatrix_file.FILE):
+        rows = recipe.get("gguf.imatrix")
+        decided["imatrix"] = [rows, upstreams.get(f"dataset_info/{rows}")]
+    return decided
+
+
+def figures_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What decides how the file of a type compares with the merged model."""
+    return {**bytes_decided_by(ingredients, kind), "test": ingredients["upstreams"].get("dataset_info/test")}

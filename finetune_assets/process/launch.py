@@ -42,6 +42,7 @@ LESS_MEMORY = {
     "train.disable_gradient_checkpointing: false takes far less memory",
     "evaluate": "lower evaluate.per_device_eval_batch_size",
     "merge": "the model must fit into memory once, in the precision of its weights",
+    "imatrix": "the model must fit into memory once; or leave gguf.imatrix out",
     "prove": "make fewer or smaller gguf.types at a time",
 }
 NO_RUN = PipesContextData(

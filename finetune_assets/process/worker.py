@@ -5,7 +5,9 @@ recipe, "device": auto, cuda, mps or cpu} and, beside these,
     train: "base", "rows", "validation": paths (validation may be null), "train": a section of the recipe;
     evaluate: "base", "adapter", "rows", "test": paths, "train", "evaluate": sections of the recipe;
     merge: "base", "adapter", "held_out": paths, "export": a section of the recipe;
-    prove: "merged", "held_out": paths, "files": GGUF type -> path, "max_kl", "recorded": type -> figures.
+    imatrix: "merged", "gguf", "rows", "file": paths;
+    prove: "merged", "held_out": paths, "files": GGUF type -> path, "max_kl", "recorded": type -> figures,
+        "written": type -> sha256 of the file as it was made.
 Every event is a custom message. The last one is {"event": "done", "report": {...}} or {"event": "error", "kind",
 "message", "hint"}; the exit code then is 0, or the error's.
 """
@@ -99,6 +101,21 @@ def merge(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {**report, "check": check}
 
 
+def imatrix(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.export import imatrix
+
+    imatrix.measure(
+        Path(job["merged"]),
+        Path(job["gguf"]),
+        Path(job["rows"]),
+        Path(job["file"]),
+        choose_device(False, False, job.get("device", "auto")),
+        trust_remote_code=ModelSection.model_validate(job["model"]).trust_remote_code,
+        progress=progress,
+    )
+    return {}
+
+
 def prove(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from finetune_assets.export import parity
 
@@ -109,13 +126,14 @@ def prove(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         device=lambda: choose_device(False, False, job.get("device", "auto")),
         max_kl=job["max_kl"],
         recorded={kind: parity.Figures(**recorded) for kind, recorded in job["recorded"].items()},
+        written=job["written"],
         trust_remote_code=ModelSection.model_validate(job["model"]).trust_remote_code,
         progress=progress,
     )
     return {"figures": {kind: dataclasses.asdict(found) for kind, found in figures.items()}}
 
 
-TASKS = {"train": train, "evaluate": evaluate, "merge": merge, "prove": prove}
+TASKS = {"train": train, "evaluate": evaluate, "merge": merge, "imatrix": imatrix, "prove": prove}
 
 
 def main() -> int:
