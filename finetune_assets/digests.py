@@ -33,13 +33,18 @@ class DigestCache:
     By inode, so that a file keeps its digest when the staging folder around it is renamed. The cache lives in one
     sqlite file. Losing it costs time only; when it cannot be written (a read-only disk) the digests are computed each
     time.
+
+    Args:
+        file: the sqlite file; None: every file is read again, as one that must be sure of its bytes wants it.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path | None):
         self._file = file
         self._seen: dict[str, tuple[str, str]] = {}
+        if file is None:
+            return
         try:
-            with closing(self._connect()) as db:
+            with closing(_connect(file)) as db:
                 self._seen = {key: (stamp, digest) for key, stamp, digest in db.execute("SELECT * FROM digests")}
         except (sqlite3.Error, OSError):
             pass
@@ -56,20 +61,23 @@ class DigestCache:
         if known is not None and known[0] == stamp:
             return known[1]
         digest = digest_of_file(path)
+        if self._file is None:
+            return digest
         self._seen[key] = (stamp, digest)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as db:
+            with closing(_connect(self._file)) as db:
                 db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (key, stamp, digest))
         except (sqlite3.Error, OSError):
             pass
         return digest
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._file, timeout=5, isolation_level=None)
-        db.execute("PRAGMA synchronous=OFF")  # a digest lost in a crash is computed again
-        db.execute("CREATE TABLE IF NOT EXISTS digests (inode TEXT PRIMARY KEY, stamp TEXT, digest TEXT)")
-        return db
+
+def _connect(file: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(file, timeout=5, isolation_level=None)
+    db.execute("PRAGMA synchronous=OFF")  # a digest lost in a crash is computed again
+    db.execute("CREATE TABLE IF NOT EXISTS digests (inode TEXT PRIMARY KEY, stamp TEXT, digest TEXT)")
+    return db
 
 
 def files_below(folder: Path) -> dict[str, Path]:

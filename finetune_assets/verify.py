@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
+from finetune_assets.digests import DigestCache
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import ollama_checks, ollama_server
 from finetune_assets.export.modelfile import OllamaModel
@@ -22,8 +23,8 @@ def verify(
 ) -> dict[str, list[Check]]:
     """Check what was put in place last: in our own store if it went there, and on the server if one answers.
 
-    Of our own store every byte is read again. A server is asked for its account of each model, and a question, whose
-    answer llama.cpp gives, too.
+    Of the artifacts and of our own store every byte is read again. A server is asked for its account of each model, and
+    a question, whose answer llama.cpp gives, too.
 
     Returns:
         The checks of the record, and of each model by its name and place, in words.
@@ -36,9 +37,9 @@ def verify(
     if artifact is None:
         raise StepFailed(f"{recipe}/{ASSET} has not been made yet", f"finetune run {recipe}")
     facts, models = artifact.metrics, project.ollama_models
-    checks = [_whole(ASSET, artifact.fingerprint, artifact, store)]
+    checks = [_whole(ASSET, artifact.fingerprint, artifact)]
     for name, fingerprint in artifact.inputs.items():
-        checks.append(_whole(name, fingerprint, store.get(recipe, name, fingerprint), store))
+        checks.append(_whole(name, fingerprint, store.get(recipe, name, fingerprint)))
     found = {f"{recipe}: the record": checks}
     wanted = recorded(facts, store.folder(recipe, "gguf_file") / artifact.inputs["gguf_file"])
     if facts["where"] == "store":
@@ -59,8 +60,8 @@ def verify(
     return found
 
 
-def _whole(name: str, fingerprint: str, artifact: Artifact | None, store: ArtifactStore) -> Check:
-    why = "it is gone" if artifact is None else artifact.damage(store.digests)
+def _whole(name: str, fingerprint: str, artifact: Artifact | None) -> Check:
+    why = "it is gone" if artifact is None else artifact.damage(DigestCache(None))
     return Check(f"{name} {fingerprint}", why is None, why or "its files are as published")
 
 
@@ -71,6 +72,7 @@ def _on_server(host: str, model: OllamaModel, *, ask: bool) -> list[Check]:
 
     from finetune_assets.export.expected import expected
 
+    checks: list[Check] = []
     try:
         checks = ollama_checks.written(ollama_server.show(host, model.name), model)
         if ask:
@@ -78,4 +80,4 @@ def _on_server(host: str, model: OllamaModel, *, ask: bool) -> list[Check]:
             checks += ollama_checks.answered(client, model.name, expected(model))
         return checks
     except (ResponseError, httpx.HTTPError, OSError) as error:
-        return [Check("answer", False, f"the server gives none: {error}")]
+        return [*checks, Check("answer", False, f"the server gives none: {error}")]

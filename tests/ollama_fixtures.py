@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_assets.artifacts import Made as Produced
 from finetune_assets.export import converter
 from finetune_assets.export.expected import Expected, expected
 from finetune_assets.export.go_template import from_gguf
@@ -15,7 +18,10 @@ from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_create import Made, create
 from finetune_assets.export.ollama_process import find_binary
 from finetune_assets.export.quantise import make_types
+from finetune_assets.materialise import Step
+from tests.conftest import MiniProject
 from tests.export_fixtures import converter_cache
+from tests.history_fixtures import BODIES
 
 needs_server = pytest.mark.skipif(find_binary() is None, reason="no Ollama here (PATH, OLLAMA_BIN)")
 PARAMETERS = {"num_ctx": 256, "num_batch": 256, "num_thread": 1}
@@ -40,6 +46,21 @@ class Files:
 def tiny_files(smollm2: Path, factory: pytest.TempPathFactory, config: pytest.Config) -> Files:
     """Made once in a test run."""
     return Files(smollm2, factory.getbasetemp() / "ollama-files", converter_cache(config))
+
+
+def with_weights(mini: MiniProject, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the project's chain make files that an engine can run: of types f32 and q8_0."""
+
+    def gguf_file(step: Step) -> Produced:
+        types = {}
+        for kind in step.recipe.gguf.types:
+            types[kind] = {"file": f"mini-{kind}.gguf"}
+            shutil.copyfile(getattr(files, kind), step.staging / f"mini-{kind}.gguf")
+        (step.staging / "chat.json").write_text(json.dumps({"stop": ["<|im_end|>"]}))
+        parts = {kind: [entry["file"], "chat.json"] for kind, entry in types.items()}
+        return Produced({"types": types}, parts=parts)
+
+    monkeypatch.setitem(BODIES, "gguf_file", gguf_file)
 
 
 def served(gguf: Path, name: str = "tiny:latest", **changes: Any) -> OllamaModel:

@@ -125,7 +125,7 @@ def test_a_gguf_file_too_far_from_the_merged_model_is_not_published(chain: Chain
     chain.project.edit(gguf={"max_kl": {"q8_0": 1e-12}})
     done = chain.finetune("run", "mini")
     assert done.returncode == 1
-    assert "mini-q8_0.gguf (q8_0) is not the merged model" in done.stderr
+    assert "q8_0 is too coarse for this model (mini-q8_0.gguf)" in done.stderr
     assert "check kl: mean KL divergence" in done.stderr and "allowed: 1e-12" in done.stderr
     assert sorted(folder.parent.iterdir()) == published
     chain.project.edit(gguf={"max_kl": None})

@@ -296,20 +296,12 @@ def test_real_server_failure_leaves_the_old_models_in_place(files: Files, host: 
 
 
 @needs_server
-def test_every_difference_has_a_check(files: Files, host: str) -> None:
+def test_an_answer_that_differs_has_a_check(files: Files, host: str) -> None:
+    """What is written of a model that differs is in test_battery."""
     parameters = {**PARAMETERS, "stop": ["<|im_end|>"]}
     model = served(files.f32, "checked:latest", system="one", parameters=parameters)
     reply = expected(model)
     put(host, model, replies={model.name: reply})
-    shown = show(host, model.name)
-    for check, change in {
-        "weights": {"sha256": "0" * 64},
-        "template": {"template": model.template + "\n"},
-        "system": {"system": "one "},
-        "stops": {"parameters": {**parameters, "stop": ["<|im_end|>", "###"]}},
-        "parameters": {"parameters": {**parameters, "num_ctx": 255}},
-    }.items():
-        assert list(failed(written(shown, replace(model, **change)))) == [check]
     asked = answered(client(host), model.name, reply)
     assert [check.name for check in asked] == ["prompt tokens", "first tokens", "stops by itself"]
     assert not failed(asked)

@@ -1,13 +1,11 @@
-"""GGUF = merged, proven: good files pass every check, and each way of being wrong is caught by the check for it."""
+"""GGUF = merged: how the two are compared, and what is said of it. What the comparison finds is in test_battery."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-import shutil
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +17,11 @@ from finetune_assets.chat.decoding import load_chat
 from finetune_assets.device import choose_device
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import parity
-from finetune_assets.export.converter import convert
-from finetune_assets.export.gguf_file import BOOL, STRING, UINT32, Head, read_head, write_with_head
 from finetune_assets.export.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
-from finetune_assets.export.parity import Figures, Reference, divergence, examine, judge, prove, refer
+from finetune_assets.export.parity import Figures, divergence, examine, judge, prove, refer
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.export.probe import Distribution
-from finetune_assets.export.quantise import make_types
-from tests.export_fixtures import CHATML, converter_cache, tiny_base, tiny_tokenizer
-
-TYPES = ("f32", "f16", "q8_0", "q4_k_m")
-FLOAT32 = 6
-# The tokenizer's begin-of-text token is ChatML's opening: without it, one at the start is one too many.
-CHAT = CHATML.replace("<|im_start|>", "")
-WORDS = ("hello you", "a small, quiet house", "no man is an island", "the end of it all!", "中文 and more")
+from tests.export_fixtures import gguf_files, held_out_rows, opinionated
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,178 +34,17 @@ def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "test.jsonl"
-    turns = [({"role": "user", "content": f"{words}?"}, {"role": "assistant", "content": words}) for words in WORDS]
-    rows = [{"id": f"{number:016x}", "dataset": "x", "messages": pair} for number, pair in enumerate(turns)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+    return held_out_rows(tmp_path_factory.mktemp("data") / "test.jsonl")
 
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama that has opinions.
-
-    As initialised, all of its distributions are flat and attention is a mean, so that nothing that happens to a weight
-    shows. Weights four times as large give logits a spread of several nats and make heads look somewhere, and rows of
-    256 take K-quants.
-    """
-    shape = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.08, "rope_theta": 5000.0}
-    folder = tiny_base(tmp_path_factory.mktemp("model") / "merged", tied=False, **shape)
-    tiny_tokenizer(folder)
-    (folder / "chat_template.jinja").write_text(CHAT)
-    chat = {"template": CHAT, "default_system": None, "stop_token_ids": [2], "stop": ["<|im_end|>"]}
-    (folder / "chat.json").write_text(json.dumps(chat))
-    return folder
+    return opinionated(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def files(merged: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("gguf")
-    convert(merged, folder / "tiny-f32.gguf", "f32", converter_cache(request.config), name="tiny")
-    make_types(folder / "tiny-f32.gguf", list(TYPES[1:]), folder, "tiny")
-    return {kind: folder / f"tiny-{kind}.gguf" for kind in TYPES}
-
-
-@pytest.fixture(scope="module")
-def reference(merged: Path, held_out: Path) -> Reference:
-    return refer(merged, held_out, choose_device(kind="cpu"))
-
-
-def findings(kind: str, file: Path, reference: Reference) -> tuple[Figures | None, set[str]]:
-    """The figures, and the names of the checks that the file does not pass."""
-    figures, failures = examine(file, reference)
-    found = [*failures, *(judge(kind, figures, {}) if figures else [])]
-    return figures, {failure.check for failure in found}
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_good_files_pass_every_check(kind: str, files: dict[str, Path], reference: Reference) -> None:
-    figures, failed = findings(kind, files[kind], reference)
-    assert failed == set()
-    assert figures is not None and figures.points == POINTS
-    assert 0.9 < figures.ppl_ratio < 1.1
-    assert figures.kl < {"f32": 1e-4, "f16": 1e-4, "q8_0": 0.01, "q4_k_m": 0.2}[kind], "limits have room"
-
-
-Rows = dict[str, np.ndarray]
-
-
-def rows_of(head: Head, file: Path) -> Rows:
-    """Each tensor's rows as bytes, writable into the file."""
-    data = np.memmap(file, dtype=np.uint8, mode="r+")
-    return {
-        tensor.name: data[head.data_start + tensor.offset :][: tensor.nbytes].reshape(
-            -1, tensor.nbytes * tensor.shape[0] // tensor.elements
-        )
-        for tensor in head.tensors
-    }
-
-
-def zeroed(rows: Rows) -> None:
-    rows["blk.1.ffn_down.weight"][:] = 0
-
-
-def swapped(rows: Rows) -> None:
-    one, two = rows["blk.0.attn_q.weight"], rows["blk.0.attn_output.weight"]
-    one[:], two[:] = two.copy(), one.copy()
-
-
-def unpermuted(rows: Rows) -> None:
-    """Q and K as Hugging Face has them: halves of a head's rotation one after the other, not in turn."""
-    for name, heads in (("attn_q", 4), ("attn_k", 2)):
-        matrix = rows[f"blk.0.{name}.weight"]
-        split = matrix.reshape(heads, len(matrix) // heads // 2, 2, -1)
-        matrix[:] = split.swapaxes(1, 2).reshape(matrix.shape).copy()
-
-
-def scaled(rows: Rows) -> None:
-    norm = rows["blk.1.attn_norm.weight"].view(np.float32)
-    norm *= 3
-
-
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("harm", [zeroed, swapped, unpermuted, scaled])
-def test_wrong_weights_are_caught_in_every_type(
-    kind: str, harm: Callable[[Rows], None], files: dict[str, Path], reference: Reference, tmp_path: Path
-) -> None:
-    broken = Path(shutil.copyfile(files[kind], tmp_path / "broken.gguf"))
-    harm(rows_of(read_head(broken), broken))
-    figures, failed = findings(kind, broken, reference)
-    assert figures is not None and math.isfinite(figures.kl)
-    assert failed == {"kl", "weights"}
-
-
-def with_text(head: Head, key: str, text: str) -> Head:
-    data = text.encode()
-    return Head(head.version, head.raw | {key: (STRING, struct.pack("<Q", len(data)) + data)}, head.tensors, 0)
-
-
-def with_float(head: Head, key: str, value: float) -> Head:
-    return Head(head.version, head.raw | {key: (FLOAT32, struct.pack("<f", value))}, head.tensors, 0)
-
-
-def without(head: Head, key: str) -> Head:
-    raw = {name: value for name, value in head.raw.items() if name != key}
-    return Head(head.version, raw, head.tensors, 0)
-
-
-TEMPLATE = "tokenizer.chat_template"
-WRONG_HEADS: dict[str, tuple[Callable[[Head], Head], set[str]]] = {
-    # after the answer's header: another prompt, too
-    "template with a newline more": (
-        lambda head: with_text(head, TEMPLATE, CHAT.replace("assistant\n'", "assistant\n\n'")),
-        {"chat template", "prompt ids"},
-    ),
-    # behind the last tag, where Jinja drops it: the same prompts, and still not the text that was trained with
-    "template with a newline at its end": (
-        lambda head: with_text(head, TEMPLATE, CHAT + "\n"), {"chat template"}
-    ),
-    # llama.cpp then takes ChatML
-    "no template": (lambda head: without(head, TEMPLATE), {"chat template", "begin of text", "prompt ids"}),
-    "wrong eos": (lambda head: head.with_value("tokenizer.ggml.eos_token_id", UINT32, 300), {"stop tokens"}),
-    "wrong rope base": (lambda head: with_float(head, "llama.rope.freq_base", 10000.0), {"rope base", "kl"}),
-    "no rope base": (lambda head: without(head, "llama.rope.freq_base"), {"rope base", "kl"}),
-    "begin of text added": (
-        lambda head: head.with_value("tokenizer.ggml.add_bos_token", BOOL, True), {"begin of text", "prompt ids"}
-    ),
-    "short context": (lambda head: head.with_value("llama.context_length", UINT32, 1024), {"context length"}),
-    "other epsilon": (
-        lambda head: with_float(head, "llama.attention.layer_norm_rms_epsilon", 0.5), {"dimensions", "kl"}
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", WRONG_HEADS)
-@pytest.mark.parametrize("kind", ["f32", "q4_k_m"])
-def test_wrong_heads_are_caught_by_name(
-    name: str, kind: str, files: dict[str, Path], reference: Reference, tmp_path: Path
-) -> None:
-    harm, expected = WRONG_HEADS[name]
-    head = read_head(files[kind])
-    changed = harm(head)
-    assert changed.raw != head.raw
-    write_with_head(files[kind], changed, tmp_path / "broken.gguf")
-    _, failed = findings(kind, tmp_path / "broken.gguf", reference)
-    # Coarse rounding may drown what a rope base does to distributions, but not what the head says.
-    assert failed == expected or (kind != "f32" and failed == expected - {"kl"})
-
-
-def test_a_file_cut_short_a_tensor_less_and_no_file_at_all(
-    files: dict[str, Path], reference: Reference, tmp_path: Path
-) -> None:
-    content = files["f16"].read_bytes()
-    (tmp_path / "cut.gguf").write_bytes(content[: len(content) * 9 // 10])
-    figures, failures = examine(tmp_path / "cut.gguf", reference)
-    assert figures is None
-    assert [failure.check for failure in failures] == ["file"] and "cut short" in failures[0].measured
-    head = read_head(files["f16"])
-    fewer = Head(head.version, head.raw, tuple(t for t in head.tensors if t.name != "blk.1.ffn_up.weight"), 0)
-    write_with_head(files["f16"], fewer, tmp_path / "fewer.gguf")
-    figures, failures = examine(tmp_path / "fewer.gguf", reference)
-    assert figures is None
-    assert [failure.check for failure in failures] == ["tensors", "file"], "llama.cpp cannot load it either"
-    assert "no blk.1.ffn_up.weight" in failures[0].measured
-    assert examine(tmp_path / "none.gguf", reference)[0] is None
+def files(merged: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
+    return gguf_files(merged, ("f16", "q8_0"), request.config)
 
 
 def test_a_failure_names_type_check_and_limit(files: dict[str, Path], merged: Path, held_out: Path) -> None:
@@ -230,9 +58,15 @@ def test_a_failure_names_type_check_and_limit(files: dict[str, Path], merged: Pa
     assert math.isfinite(figures["f16"].tokens_per_second)
     with pytest.raises(StepFailed) as caught:
         prove(both, merged, held_out, device=cpu, max_kl={"q8_0": 1e-6}, recorded={})
-    assert "tiny-q8_0.gguf (q8_0)" in caught.value.message
     assert f"check kl: mean KL divergence {figures['q8_0'].kl:.4g} nats per token, allowed: 1e-06" in str(caught.value)
-    assert "gguf.max_kl: {q8_0: ...}" in str(caught.value.hint)
+    assert caught.value.message.startswith("q8_0 is too coarse for this model (tiny-q8_0.gguf):")
+    assert f"same favourite at {figures['q8_0'].top1:.0%} of the places" in caught.value.message
+    # the value that it proposes is one that lets the file pass
+    proposed = float(str(caught.value.hint).split("gguf.max_kl: {q8_0: ")[1].removesuffix("}"))
+    assert figures["q8_0"].kl < proposed < 1.2 * figures["q8_0"].kl
+    # all that fail are told at once
+    with pytest.raises(StepFailed, match=r"tiny-f16.gguf \(f16\) is not(.|\n)*q8_0 is too coarse"):
+        prove(both, merged, held_out, device=_no_device, max_kl={"q8_0": 1e-9, "f16": 1e-9}, recorded=figures)
     # what was measured before is judged again, not measured again
     with pytest.raises(StepFailed, match="check kl"):
         prove(both, merged, held_out, device=_no_device, max_kl={"q8_0": 1e-6}, recorded=figures)
@@ -241,6 +75,19 @@ def test_a_failure_names_type_check_and_limit(files: dict[str, Path], merged: Pa
 
 def _no_device() -> Any:
     raise AssertionError("nothing has to be measured")
+
+
+def test_a_file_that_changed_since_it_was_written(files: dict[str, Path], merged: Path, held_out: Path) -> None:
+    with pytest.raises(StepFailed, match=r"tiny-f16.gguf \(f16\) is not the merged model:\n  check bytes: sha256 "):
+        prove(
+            {"f16": files["f16"]}, merged, held_out, device=lambda: choose_device(kind="cpu"), max_kl={}, recorded={},
+            written={"f16": "0" * 64},
+        )  # fmt: skip
+
+
+def test_no_file_at_all(merged: Path, held_out: Path, tmp_path: Path) -> None:
+    figures, failures = examine(tmp_path / "none.gguf", refer(merged, held_out, choose_device(kind="cpu")), sha256="0")
+    assert figures is None and [failure.check for failure in failures] == ["file"]
 
 
 def test_without_held_out_rows_words_of_our_own_are_compared(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.gguf_file import Head, read_head
 from finetune_assets.export.shards import Checkpoint
@@ -17,20 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXACT = (
-    "file", "tensors", "weights", "dimensions", "vocabulary", "rope base", "context length", "chat template",
+    "bytes", "file", "tensors", "weights", "dimensions", "vocabulary", "rope base", "context length", "chat template",
     "stop tokens", "begin of text", "prompt ids",
 )  # fmt: skip
 
-# Architectures whose tensors the converter renames and stacks, but neither fuses, splits nor pads.
-PLAIN = {"llama", "qwen2", "qwen3", "qwen3moe", "smollm3"}
-# Of those, the ones whose queries and keys are laid out for rotation by pairs of neighbours instead of halves.
-PAIRED = {"llama", "smollm3"}
-# Largest relative error of a row (root mean square) that a tensor's type explains. F32 takes a bfloat16 as it is.
-ROUNDING = {
-    "F32": 1e-6, "F16": 0.002, "BF16": 0.005, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K": 0.1, "Q5_1": 0.1, "Q5_0": 0.1,
-    "Q4_K": 0.2, "Q4_1": 0.2, "Q4_0": 0.2, "Q3_K": 0.35, "Q2_K": 0.6,
-}  # fmt: skip
-ROWS = 8  # of each tensor that are compared
+# Architectures whose tensors the converter renames and stacks, but neither fuses, splits nor pads: all their weights
+# can be found again in the file (see weight_check).
+PLAIN = {"gemma3", "llama", "qwen2", "qwen3", "qwen3moe", "smollm3"}
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Tensors that a file may have although the model has none: made of the configuration.
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # GGUF key, behind the architecture's name -> key of config.json
@@ -41,7 +38,9 @@ DIMENSIONS = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+ROPE_KEYS = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
 ROPE_BASE = 10000.0  # llama.cpp's, where a file names none
+PARSED = (2, 3, 4)  # kinds of tokens (unknown, control, user-defined) that are found in a text before it is cut up
 STOPS = ("eos", "eot", "eom")
 
 
@@ -57,19 +56,26 @@ class Failure:
         return f"{self.check}: {self.measured}, allowed: {self.allowed}"
 
 
-def check_file(gguf: Path) -> tuple[Head | None, list[Failure]]:
-    """The file's head, if the file is whole as far as its tensor table goes (check `file`)."""
+def check_file(gguf: Path, sha256: str | None = None) -> tuple[Head | None, list[Failure]]:
+    """The file's head, if the file is whole as far as its tensor table goes (check `file`).
+
+    Args:
+        sha256: hex; a file of another content fails the check `bytes`.
+    """
+    failures: list[Failure] = []
     try:
-        return read_head(gguf), []
+        if sha256 is not None and (found := digest_of_file(gguf)) != sha256:
+            failures.append(Failure("bytes", f"sha256 {found[:12]}", f"{sha256[:12]}, as it was written"))
+        return read_head(gguf), failures
     except (StepFailed, OSError, ValueError) as error:
         message = error.message if isinstance(error, StepFailed) else str(error)
-        return None, [Failure("file", message, "a whole GGUF file")]
+        return None, [*failures, Failure("file", message, "a whole GGUF file")]
 
 
 def check_head(
-    head: Head, gguf: Path, merged: Path, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    head: Head, merged: Path, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[Failure]:
-    """Everything that a file says of itself, and some of its weights, against the merged folder it was made of.
+    """Everything that a file says of itself against the merged folder it was made of.
 
     Args:
         merged: Hugging Face folder.
@@ -80,8 +86,8 @@ def check_head(
     config = config.get("text_config", config)
     return [
         *_tensors(head, merged, config),
-        *_weights(head, gguf, merged),
         *_numbers(head, config),
+        *_added_tokens(head, tokenizer),
         *_words(head, settings, eos if isinstance(eos := tokenizer.eos_token_id, int) else None),
     ]
 
@@ -111,52 +117,14 @@ def _leading(ids: Sequence[int], token: int) -> int:
     return next((at for at, found in enumerate(ids) if found != token), len(ids))
 
 
-def _weights(head: Head, gguf: Path, merged: Path) -> Iterator[Failure]:
-    """Rows of every tensor that has a name of its own beside the merged model's: coarse types hide much in their KL."""
-    import numpy as np
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    architecture = str(head.get("general.architecture"))
-    if architecture not in PLAIN:
-        return
-    names, data = _names(head), np.memmap(gguf, dtype=np.uint8, mode="r")
-    held = {tensor.name: tensor for tensor in head.tensors}
-    worst: tuple[float, Failure] | None = None
-    with Checkpoint(merged) as checkpoint:
-        for ours in checkpoint:
-            spec = checkpoint.spec(ours)
-            tensor = held.get(names.get_name(ours, try_suffixes=(".weight", ".bias")) or "")
-            if tensor is None or tensor.shape != spec.shape[::-1]:
-                continue  # stacked, or a finding of another check
-            count = spec.shape[0] if len(spec.shape) > 1 else 1
-            at = place = sorted({number * count // ROWS for number in range(ROWS)})
-            if architecture in PAIRED and (part := tensor.name.split(".")[-2]) in ("attn_q", "attn_k"):
-                heads = head.get(f"{architecture}.attention.{'head_count' if part == 'attn_q' else 'head_count_kv'}")
-                if not isinstance(heads, int) or count % (2 * heads):
-                    continue  # a bias, or a head count that another check finds wrong
-                half = count // heads // 2
-                place = [row - row % (2 * half) + row % half * 2 + row // half % 2 for row in at]
-            begin = head.data_start + tensor.offset
-            rows = data[begin : begin + tensor.nbytes].reshape(count, -1)[place]
-            found = dequantize(rows, GGMLQuantizationType(tensor.type_number)).reshape(-1).astype(np.float64)
-            wanted = checkpoint.rows(ours, at).double().numpy().reshape(-1)
-            error = float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
-            allowed = ROUNDING[tensor.type]
-            if not error <= allowed and (worst is None or not error / allowed <= worst[0]):
-                shown = Failure("weights", f"{tensor.name} ({tensor.type}) off by {error:.2%}", f"{allowed:.4%}")
-                worst = (error / allowed, shown)
-    if worst is not None:
-        yield worst[1]
-
-
-def _names(head: Head) -> Any:
-    """From a Hugging Face tensor's name to GGUF's, for the architecture and its number of layers."""
+def renamed(head: Head) -> Callable[[str], str | None]:
+    """From a Hugging Face tensor's name to GGUF's, for the file's architecture; all experts of a layer share one."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = str(head.get("general.architecture"))
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    return get_tensor_name_map(numbers[architecture], int(head.get(f"{architecture}.block_count", 0)))
+    names = get_tensor_name_map(numbers[architecture], int(head.get(f"{architecture}.block_count", 0)))
+    return lambda name: names.get_name(EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
 
 
 def _tensors(head: Head, merged: Path, config: Mapping[str, Any]) -> Iterator[Failure]:
@@ -167,29 +135,34 @@ def _tensors(head: Head, merged: Path, config: Mapping[str, Any]) -> Iterator[Fa
     if architecture not in MODEL_ARCH_NAMES.values():
         yield Failure("tensors", f"the architecture {architecture!r}", "one that llama.cpp has")
         return
-    names = _names(head)
+    name_of = renamed(head)
     held = {tensor.name: tensor for tensor in head.tensors}
-    rest = {name: tensor.elements for name, tensor in held.items() if name not in COMPUTED}
+    experts: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, ...]] = {}  # wanted, ggml's way round
     unnamed = 0
     with Checkpoint(merged) as checkpoint:
         specs = [checkpoint.spec(name) for name in checkpoint]
     for spec in specs:
-        name = names.get_name(spec.name, try_suffixes=(".weight", ".bias"))
+        name = name_of(spec.name)
         if name == "output.weight" and name not in held and config.get("tie_word_embeddings"):
             continue  # the embeddings serve as one
         if name is None:
             unnamed += math.prod(spec.shape)
-        elif name not in held:
-            if architecture in PLAIN:
-                yield Failure("tensors", f"no {name}", f"the model's {spec.name}")
-        else:
-            rest.pop(name, None)
-            shape = held[name].shape
-            if architecture in PLAIN and shape != spec.shape[::-1]:
-                yield Failure("tensors", f"{name} of shape {shape}", f"{spec.shape[::-1]}, as {spec.name} has")
-    # What has no name of its own, such as the experts, is stacked into fewer tensors: their weights must add up.
-    if architecture in PLAIN and sum(rest.values()) != unnamed:
-        found = ", ".join([*rest][:4]) or "nothing"
+            continue
+        shapes[name] = spec.shape[::-1]
+        if EXPERT.search(spec.name):
+            experts[name] += 1
+            shapes[name] += (experts[name],)
+    if architecture in PLAIN:
+        for name, wanted in shapes.items():
+            if name not in held:
+                yield Failure("tensors", f"no {name}", "all that the model has")
+            elif held[name].shape != wanted:
+                yield Failure("tensors", f"{name} of shape {held[name].shape}", f"{wanted}, as the model's")
+    rest = {name: tensor.elements for name, tensor in held.items() if name not in shapes and name not in COMPUTED}
+    # What has no name of its own, such as experts fused into one tensor, is cut up anew: the weights must add up.
+    if architecture in PLAIN and rest and sum(rest.values()) != unnamed:
+        found = ", ".join([*rest][:4])
         yield Failure("tensors", f"{sum(rest.values())} weights in {found}", f"{unnamed} in tensors beside the named")
 
 
@@ -206,20 +179,39 @@ def _numbers(head: Head, config: Mapping[str, Any]) -> Iterator[Failure]:
         yield Failure("vocabulary", f"{tokens} tokens", f"{rows}, one for each row of the embeddings")
     if architecture in PLAIN and (wanted := config.get("vocab_size")) not in (None, tokens):
         yield Failure("vocabulary", f"{tokens} tokens", f"{wanted}, as vocab_size says")
-    wanted = _rope_base(config)
-    found = head.get(f"{architecture}.rope.freq_base", ROPE_BASE)
-    if wanted is not None and not _same(found, wanted):
-        yield Failure("rope base", f"{found:g}", f"{wanted:g}")
+    for key, attention in ROPE_KEYS.items():
+        wanted, found = _rope_base(config, attention), head.get(f"{architecture}.{key}", ROPE_BASE)
+        if wanted is not None and not _same(found, wanted):
+            yield Failure("rope base", f"{key} {found:g}", f"{wanted:g}")
     wanted, found = config.get("max_position_embeddings"), head.get(f"{architecture}.context_length")
     if wanted is not None and found != wanted:
         yield Failure("context length", str(found), str(wanted))
 
 
-def _rope_base(config: Mapping[str, Any]) -> float | None:
-    """The configuration's, in its new and its old spelling; that of full attention where layers differ."""
+def _rope_base(config: Mapping[str, Any], attention: str) -> float | None:
+    """The configuration's, in its new and its old spelling; layers of sliding attention may have one of their own."""
     rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    return rope.get("rope_theta", config.get("rope_theta"))
+    rope = rope.get(attention, rope if attention == "full_attention" else {})
+    return rope.get("rope_theta", config.get("rope_theta") if attention == "full_attention" else None)
+
+
+def _added_tokens(head: Head, tokenizer: PreTrainedTokenizerBase) -> Iterator[Failure]:
+    """Special tokens are there under their ids, and are no ordinary words, whether a prompt uses them or not."""
+    tokens, kinds = head.get("tokenizer.ggml.tokens", []), head.get("tokenizer.ggml.token_type", [])
+    for number, added in sorted(tokenizer.added_tokens_decoder.items()):
+        if not added.special or added.normalized:
+            continue
+        found = tokens[number] if number < len(tokens) else None
+        if found != added.content:
+            yield Failure(
+                "vocabulary", f"token {number} is {found!r}", f"{added.content!r}, a token of the tokenizer's"
+            )
+            return
+        if number < len(kinds) and kinds[number] not in PARSED:
+            yield Failure(
+                "vocabulary", f"{found!r} is an ordinary word", "a token that is parsed, as the tokenizer does"
+            )
+            return
 
 
 def _same(found: Any, wanted: Any) -> bool:

@@ -22,6 +22,7 @@ from finetune_assets.errors import StepFailed
 from finetune_assets.export.exact_checks import EXACT, Failure, check_file, check_head, check_prompt
 from finetune_assets.export.held_out import Point, choose, logits, suited
 from finetune_assets.export.probe import Distribution, ProbeEngine
+from finetune_assets.export.weight_check import check_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,16 +34,22 @@ CHECKS = (*EXACT, "kl")
 
 # Largest mean KL, in nats per token, at which a file still counts as the merged model. Published for a model of 8B on
 # encyclopaedic text: q8_0 0.0014, q6_k 0.0055, q5_k_m 0.011, q4_k_m 0.031, q4_0 0.072, q3_k_m 0.10, q2_k 0.45. Small
-# models suffer more (135M, rows of 576, for which K-quants fall back to others: q8_0 0.0046, q6_k 0.013, q5_k_m 0.16,
-# q4_k_m 0.058, q4_0 0.28, q3_k_m 0.16, q2_k 0.51), and these leave room for them. The unquantised types differ by the
-# rounding of activations and of llama.cpp's float16 cache only (0.00004; bf16 0.0002). Measured on one model
-# only: gguf.max_kl overrides them. A file beyond its limit may still be made of the right weights: the demo's base was
-# rounded to q4_1 once, and its tuned model in q4_1 is nearer to the base than to itself.
+# models suffer more, and these leave room for them. Measured, on held-out rows of the demo (nats):
+#     f16      q8_0     q6_k     q5_k_m   q5_0     q4_k_m   q4_0     q3_k_m   q3_k_s   q2_k
+#     0.00004  0.0046   0.013    0.16     0.094    0.058    0.28     0.16     0.51     0.51    SmolLM2-135M, tuned
+#     0.00008  0.0007   0.0014   0.0098   0.0086   0.0046   0.085    0.057    0.15     0.12    Qwen2.5-Coder-0.5B
+#     0.00002  0.0044   0.011    0.057    0.044    0.0082   0.43     0.23     -        -       Gemma 3 270M
+# The unquantised types differ by the rounding of activations and of llama.cpp's float16 cache only.
+#
+# A file of the right weights may be beyond its limit, and rightly so: the demo's base was rounded to q4_1 once, and to
+# round its tuned model to q4_1 again gives the base back. That file is at 1.24 from the model it was made of, at 0.03
+# from the base, and does not know the name that it was taught (q5_1, of half the steps: 0.35).
 MAX_KL = {
     "f32": 0.001, "f16": 0.001, "bf16": 0.005, "q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.25, "q5_k_s": 0.25,
     "q5_1": 0.25, "q5_0": 0.25, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.75, "q3_k_m": 0.75,
     "q3_k_s": 1.0, "q2_k": 2.0,
 }  # fmt: skip
+UNQUANTISED = ("f32", "f16", "bf16")  # too little is rounded away for a model to say other things
 HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
 
 Progress = Callable[[dict[str, Any]], None]
@@ -103,6 +110,7 @@ def prove(
     device: Callable[[], Device],
     max_kl: Mapping[str, float],
     recorded: Mapping[str, Figures],
+    written: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda event: None,
 ) -> dict[str, Figures]:
@@ -115,12 +123,14 @@ def prove(
         device: where the merged model is computed; asked for only if something has to be measured.
         max_kl: type -> largest mean KL, in place of `MAX_KL`.
         recorded: figures of files that passed all exact checks before, and are what they were.
+        written: type -> sha256 (hex) of the file as it was made.
 
     Raises:
-        StepFailed: a file failed checks; the message names them, the type, what was found and what is allowed.
+        StepFailed: files failed checks; the message names them, the type, what was found and what is allowed.
     """
     reference: Reference | None = None
     proven: dict[str, Figures] = {}
+    troubles: list[StepFailed] = []
     for number, (kind, file) in enumerate(files.items(), 1):
         if kind in recorded:
             figures, failures = recorded[kind], []
@@ -129,12 +139,15 @@ def prove(
                 progress({"event": "message", "text": "reading held-out conversations with the merged model"})
                 reference = refer(merged, held_out, device(), trust_remote_code=trust_remote_code)
             progress({"event": "message", "text": f"proving {kind} ({number} of {len(files)})"})
-            figures, failures = examine(file, reference)
+            figures, failures = examine(file, reference, sha256=(written or {}).get(kind))
         if figures is not None:
             failures = [*failures, *judge(kind, figures, max_kl)]
             proven[kind] = figures
         if failures:
-            raise _failed(kind, file, failures)
+            troubles.append(_failed(kind, file, figures, failures))
+    if troubles:  # all at once: making the files again to find the next one takes long
+        hints = dict.fromkeys(trouble.hint for trouble in troubles if trouble.hint)
+        raise StepFailed("\n".join(trouble.message for trouble in troubles), "\n".join(hints))
     return proven
 
 
@@ -162,12 +175,17 @@ def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bo
     )
 
 
-def examine(file: Path, reference: Reference) -> tuple[Figures | None, list[Failure]]:
-    """All checks of one file but that of its KL; no figures for a file that llama.cpp cannot run."""
-    head, failures = check_file(file)
+def examine(file: Path, reference: Reference, *, sha256: str | None = None) -> tuple[Figures | None, list[Failure]]:
+    """All checks of one file but that of its KL; no figures for a file that llama.cpp cannot run.
+
+    Args:
+        sha256: of the file as it was made (hex): a bit of a coarse weight that has changed since shows nowhere else.
+    """
+    head, failures = check_file(file, sha256)
     if head is None:
         return None, failures
-    failures = check_head(head, file, reference.merged, reference.settings, reference.tokenizer)
+    failures += check_head(head, reference.merged, reference.settings, reference.tokenizer)
+    failures += check_weights(head, file, reference.merged)
     longest = max(len(point.prefix) for point in reference.points)
     try:
         with closing(ProbeEngine(file, num_ctx=longest + ROOM, letter=reference.letter)) as engine:
@@ -258,10 +276,20 @@ def _logprob(token: int, theirs: Distribution, vocabulary: int) -> float:
     return math.log(max(theirs.rest, TAIL) / max(1, vocabulary - len(theirs.ids)))
 
 
-def _failed(kind: str, file: Path, failures: Sequence[Failure]) -> StepFailed:
+def _failed(kind: str, file: Path, figures: Figures | None, failures: Sequence[Failure]) -> StepFailed:
     listing = "\n".join(f"  check {failure}" for failure in failures)
-    if all(failure.check == "kl" for failure in failures):
-        hint = f"take {kind} out of gguf.types if that is too far, or allow it: gguf.max_kl: {{{kind}: ...}}"
-    else:
+    if figures is None or kind in UNQUANTISED or any(failure.check != "kl" for failure in failures):
         hint = "nothing was published; make it again, or set LLAMA_CPP_DIR to another llama.cpp to convert with"
-    return StepFailed(f"the GGUF file {file.name} ({kind}) is not the merged model:\n{listing}", hint)
+        return StepFailed(f"the GGUF file {file.name} ({kind}) is not the merged model:\n{listing}", hint)
+    # the right weights, rounded until the model says other things
+    much = f"the same favourite at {figures.top1:.0%} of the places, perplexity {figures.ppl_ratio:.2f} times as large"
+    hint = f"take {kind} out of gguf.types for one that is nearer"
+    if math.isfinite(figures.kl):
+        hint += f", or say that you want it: gguf.max_kl: {{{kind}: {_rounded_up(figures.kl)}}}"
+    return StepFailed(f"{kind} is too coarse for this model ({file.name}):\n{listing} ({much})", hint)
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits, with some room: llama.cpp's figures differ a little from one machine to the next."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value * 1.05 / unit) * unit:.6g}"

@@ -1,0 +1,259 @@
+"""The corruption battery on a finished project: what is done to its model, and which check finds it, in its words.
+
+usage: python -m docs.battery RECIPE [> docs/battery.md]
+Run the recipe first (`make demo`). All is done to copies in a temporary folder (3 GB for the demo); with an Ollama
+program at hand (PATH, OLLAMA_BIN) models are put on a server of its own, too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+from finetune_assets.artifacts import Artifact
+from finetune_assets.device import choose_device
+from finetune_assets.digests import DigestCache, digest_of_file
+from finetune_assets.errors import StepFailed
+from finetune_assets.export import merge_check, ollama_create, ollama_store
+from finetune_assets.export.converter import convert
+from finetune_assets.export.expected import expected
+from finetune_assets.export.gguf_file import FILE_TYPES
+from finetune_assets.export.modelfile import OllamaModel
+from finetune_assets.export.ollama_checks import in_store
+from finetune_assets.export.ollama_process import find_binary, serving
+from finetune_assets.export.ollama_server import show
+from finetune_assets.export.parity import MAX_KL, Reference, examine, judge, refer
+from finetune_assets.export.quantise import make_types
+from finetune_assets.export.serving import recorded
+from finetune_assets.plan import open_store
+from finetune_assets.project import Project
+from tests import corruptions
+from tests.corruptions import GGUF_HARMS, LOUD_HARMS, MERGED_HARMS, NASTY, PUBLISHED_HARMS, flip, named, served_harms
+
+HEAD = """# The corruption battery
+
+Printed by `python -m docs.battery {recipe}`: each harm is done to a copy of the finished project's model, alone, and
+the checks that stand in its way say what they find. *Caught by* is the check that is there for it; others that found
+it, too, stand in brackets. `tests/test_battery.py` does the same to tiny models of several architectures.
+
+- *{merged}*: the comparison with base and adapter that merged_model ends with.
+- *{gguf}*: the proof that gguf_file ends with, here of a {kind} file.
+- *{published}*: the digests of its manifest, looked at by every plan and by `finetune verify`; a file that is not what
+  it was is made again.
+- *{store}*: `finetune verify` reads every byte of it.
+- *{server}*: a model made on a real server from something other than what was asked for, looked at before it takes the
+  production name; `finetune verify` looks in the same way at what is served.
+
+What a flipped bit of a weight does is too little for any limit to see. An unquantised file is compared with the merged
+model bit by bit (`weights`), and any file with what was written (`bytes`, `artifact`, `blobs`).
+"""
+LIMITS = """
+## What wrong weights do to the KL divergence
+
+In nats per token, beside the limit of the type. One layer gone wrong may stay below the limit of a coarse type: KL is
+no proof of weights. `weights` is, and found each of these.
+"""
+TYPES = """
+## All types of a good file
+
+Every check but `kl` passes for each. {points} places of held-out conversations; the limits are those of gguf.max_kl's
+defaults; tokens per second are of decoding here, with {cores} CPU thread(s).
+"""
+ROWS = {"q8_0", "q4_k_m"}  # of the table of KL divergences
+WIDTH = 150  # characters of what a check says
+
+
+def row(*cells: object) -> None:
+    """A line of a table."""
+    print("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |", flush=True)
+
+
+def table(*names: str) -> None:
+    print()
+    row(*names)
+    row(*("---" for _ in names))
+
+
+def harmed(name: str, place: str, wanted: str, said: dict[str, str]) -> None:
+    """A line of the battery; it ends here if the check that must find the harm does not."""
+    if wanted not in said:
+        raise SystemExit(f"{name} in {place}: {wanted} did not find it; found by {said or 'nothing'}")
+    others = ", ".join(check for check in said if check != wanted)
+    words = said[wanted]
+    shown = words if len(words) <= WIDTH else words[:WIDTH] + "..."
+    row(name, place, f"**{wanted}**" + (f" ({others})" if others else ""), shown)
+
+
+@contextmanager
+def copied(path: Path, folder: Path) -> Iterator[Path]:
+    """A copy of a file or folder, for as long as it is harmed."""
+    copy = folder / path.name
+    shutil.copytree(path, copy) if path.is_dir() else shutil.copyfile(path, copy)
+    try:
+        yield copy
+    finally:
+        shutil.rmtree(copy) if path.is_dir() else copy.unlink(missing_ok=True)
+
+
+def merged_weights(base: Path, adapter: Path, merged: Path, held_out: Path, folder: Path) -> None:
+    for harm in MERGED_HARMS:
+        with copied(merged, folder) as broken:
+            harm.strike(broken)
+            said: dict[str, str] = {}
+            try:
+                merge_check.check(base, adapter, broken, held_out, choose_device(kind="cpu"))
+            except StepFailed as error:
+                lines = error.message.replace(str(folder) + "/", "").splitlines()
+                for check in named(error):
+                    words = next((line for line in lines if line.startswith(f"  check {check}: ")), lines[-1])
+                    said[check] = words.partition(": ")[2] if words.startswith("  check") else words
+            harmed(harm.name, corruptions.MERGED, harm.check, said)
+
+
+def gguf_file(good: Path, kind: str, reference: Reference, folder: Path) -> None:
+    digest = digest_of_file(good)
+    for harm in GGUF_HARMS:
+        with copied(good, folder) as broken:
+            harm.strike(broken)
+            figures, failures = examine(broken, reference, sha256=digest)
+            failures += judge(kind, figures, {}) if figures else []
+            said: dict[str, str] = {}
+            for failure in failures:
+                words = f"{failure.measured}, allowed: {failure.allowed}".replace(str(folder) + "/", "")
+                said.setdefault(failure.check, words)
+            harmed(harm.name, corruptions.GGUF, harm.check, said)
+
+
+def published(artifact: Artifact, asset: str, folder: Path) -> None:
+    file = max(artifact.manifest["files"], key=lambda name: artifact.manifest["files"][name]["size"])
+    for harm in PUBLISHED_HARMS:
+        with copied(artifact.path, folder) as copy:
+            harm.strike(copy / file)
+            damage = Artifact(copy, artifact.manifest).damage(DigestCache(None))
+            harmed(harm.name, f"{corruptions.PUBLISHED}: {asset}", harm.check, {"artifact": damage} if damage else {})
+
+
+def our_store(model: OllamaModel, folder: Path) -> None:
+    for kind in ("model", "template", "system", "params"):
+        (made,) = ollama_store.write(folder / "store", [model]).values()
+        (digest,) = [layer.digest for layer in made.layers if layer.kind == kind]
+        blob = ollama_store.blob_path(folder / "store", digest)
+        shutil.copyfile(blob, blob.with_suffix(".own"))  # the weights are a link to the artifact's
+        blob.with_suffix(".own").replace(blob)
+        flip(blob)
+        said = {check.name: check.found for check in in_store(folder / "store", model, made.digest) if not check.ok}
+        harmed(f"one bit of the {kind} flipped", corruptions.STORE, "blobs", said)
+        shutil.rmtree(folder / "store")
+
+
+def server(model: OllamaModel, folder: Path) -> None:
+    other = Path(shutil.copyfile(model.gguf, folder / "other.gguf"))
+    GGUF_HARMS[0].strike(other)
+    create = ollama_create._create
+    with serving(folder / "models") as host:
+        replies = {model.name: expected(model)}
+        ollama_create.create(host, [model], replies)
+        for harm in served_harms(other):
+            slip = corruptions.slip(host, harm, create)
+            said: dict[str, str] = {}
+            with mock.patch.object(ollama_create, "_create", slip):
+                try:
+                    ollama_create.create(host, [model], replies)
+                except StepFailed as error:
+                    found = error.message.partition("as it was made: ")[2]
+                    said = {part.partition(": ")[0]: part.partition(": ")[2] for part in found.split("; ")}
+            harmed(harm.name, corruptions.SERVER, harm.check, said)
+        assert show(host, model.name)["system"] == NASTY
+        row(
+            "none: a system prompt with triple quotes and braces",
+            corruptions.SERVER,
+            "nothing",
+            f"served as `{NASTY!r}`",
+        )
+
+
+def distributions(files: dict[str, Path], reference: Reference, folder: Path) -> None:
+    kinds = [kind for kind in files if kind in ROWS]
+    table("weights", *kinds)
+    row("limit", *(MAX_KL[kind] for kind in kinds))
+    good = [examine(files[kind], reference)[0] for kind in kinds]
+    row("right", *(f"{figures.kl:.2g}" for figures in good if figures))
+    for harm in LOUD_HARMS:
+        found = []
+        for kind in kinds:
+            with copied(files[kind], folder) as broken:
+                harm.strike(broken)
+                figures, _ = examine(broken, reference)
+                found.append("does not run" if figures is None else f"{figures.kl:.2g}")
+        row(harm.name, *found)
+
+
+def all_types(files: dict[str, Path], reference: Reference) -> None:
+    table("type", "MB", "KL", "limit", "verdict", "same favourite", "perplexity ratio", "tokens/s", "proof, s")
+    for kind, file in files.items():
+        started = time.monotonic()
+        figures, failures = examine(file, reference, sha256=digest_of_file(file))
+        seconds = time.monotonic() - started
+        if failures or figures is None:
+            raise SystemExit(f"{kind}, which is good, is accused: {failures}")
+        verdict = "too coarse" if judge(kind, figures, {}) else "passes"
+        size, limit = f"{file.stat().st_size / 1e6:.1f}", f"{MAX_KL[kind]:g}"
+        shares = f"{figures.top1:.1%}", f"{figures.ppl_ratio:.3f}", figures.tokens_per_second, f"{seconds:.1f}"
+        row(kind, size, f"{figures.kl:.2g}", limit, verdict, *shares)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(recipe: str) -> None:
+    project = Project.find()
+    store = open_store(project)
+    names = ("base_model", "lora_adapter", "merged_model", "dataset_info", "gguf_file", "ollama_model")
+    made = {name: store.current(recipe, name) for name in names}
+    there = {name: artifact for name, artifact in made.items() if artifact is not None}
+    if len(there) < len(made):
+        raise SystemExit(f"{recipe} is not finished: finetune run {recipe}")
+    path = {name: artifact.path for name, artifact in there.items()}
+    held_out = path["dataset_info"] / "test.jsonl"
+    facts = there["ollama_model"].metrics
+    model = next(iter(recorded({**facts, "system": NASTY}, path["gguf_file"]).values()))
+    kind = "q8_0" if "q8_0" in there["gguf_file"].metrics["types"] else next(iter(there["gguf_file"].metrics["types"]))
+    good = path["gguf_file"] / there["gguf_file"].metrics["types"][kind]["file"]
+    places = {name.lower(): getattr(corruptions, name) for name in ("MERGED", "GGUF", "PUBLISHED", "STORE", "SERVER")}
+    print(HEAD.format(recipe=recipe, kind=kind, **places))
+    with tempfile.TemporaryDirectory(prefix="battery-") as temporary:
+        folder = Path(temporary)
+        table("harm", "place", "caught by", "in its words")
+        merged_weights(path["base_model"], path["lora_adapter"], path["merged_model"], held_out, folder)
+        reference = refer(path["merged_model"], held_out, choose_device(kind="cpu"))
+        gguf_file(good, kind, reference, folder)
+        for asset in ("lora_adapter", "merged_model", "gguf_file", "ollama_model"):
+            published(there[asset], asset, folder)
+        our_store(model, folder)
+        if find_binary() is not None:
+            server(model, folder)
+        else:
+            print("no Ollama here: its server was left out", file=sys.stderr)
+        full = folder / f"{recipe}-f32.gguf"
+        convert(path["merged_model"], full, "f32", project.cache, name=recipe)
+        files = {"f32": full, **make_types(full, [kind for kind in FILE_TYPES if kind != "f32"], folder, recipe)}
+        print(LIMITS)
+        (folder / "harmed").mkdir()
+        distributions(files, reference, folder / "harmed")
+        print(TYPES.format(points=len(reference.points), cores=_cores()))
+        all_types(files, reference)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit((__doc__ or "").split("\n\n")[1])
+    os.environ["HF_HUB_OFFLINE"], os.environ["TRANSFORMERS_VERBOSITY"] = "1", "error"
+    main(sys.argv[1])

@@ -1,0 +1,325 @@
+"""The corruption battery: every harm is found by the check that is there for it, and no good file is accused.
+
+What each check says of a finished project's model is in docs/battery.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_assets.artifacts import Artifact
+from finetune_assets.device import choose_device
+from finetune_assets.digests import digest_of_file
+from finetune_assets.errors import StepFailed
+from finetune_assets.export import merge_check, ollama_create, ollama_store
+from finetune_assets.export.exact_checks import PLAIN, check_head
+from finetune_assets.export.expected import Expected
+from finetune_assets.export.gguf_file import FILE_TYPES, read_head
+from finetune_assets.export.held_out import POINTS
+from finetune_assets.export.merge import merge
+from finetune_assets.export.ollama_process import serving
+from finetune_assets.export.ollama_server import digests, show
+from finetune_assets.export.parity import CHECKS, Figures, Reference, examine, judge, refer
+from finetune_assets.export.serving import recorded
+from finetune_assets.export.weight_check import check_weights
+from finetune_assets.verify import verify
+from tests.conftest import MiniProject
+from tests.corruptions import (
+    BEGIN_OF_TEXT,
+    GGUF_HARMS,
+    LOUD_HARMS,
+    MERGED_HARMS,
+    NASTY,
+    PUBLISHED_HARMS,
+    Harm,
+    flip,
+    named,
+    put_there,
+    served_harms,
+    slip,
+)
+from tests.export_fixtures import (
+    CHAT,
+    as_merged,
+    gguf_files,
+    held_out_rows,
+    lively,
+    opinionated,
+    tiny_adapter,
+    tiny_base,
+    tiny_tokenizer,
+)
+from tests.history_fixtures import make_chain, plan_of, store_of
+from tests.ollama_fixtures import Files, needs_server, put, tiny_files, with_weights
+
+HELD = ("f16", "q4_k_m")  # types that every harm is done to
+NOT_ASKED = Expected("Hi", 1, "", 0, False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
+    """llama.cpp's threads wait for one another by spinning."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune_assets.chat.engines._cores", lambda: 1)
+        yield
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return held_out_rows(tmp_path_factory.mktemp("data") / "test.jsonl")
+
+
+# GGUF files
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return opinionated(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def files(merged: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
+    return gguf_files(merged, list(FILE_TYPES), request.config)
+
+
+@pytest.fixture(scope="module")
+def reference(merged: Path, held_out: Path) -> Reference:
+    return refer(merged, held_out, choose_device(kind="cpu"))
+
+
+def findings(kind: str, file: Path, reference: Reference, good: Path) -> tuple[Figures | None, dict[str, str]]:
+    """The figures, and what the checks say that the file does not pass."""
+    figures, failures = examine(file, reference, sha256=digest_of_file(good))
+    failures += judge(kind, figures, {}) if figures else []
+    return figures, {failure.check: str(failure) for failure in failures}
+
+
+@pytest.mark.parametrize("kind", FILE_TYPES)
+def test_good_files_pass_every_check(kind: str, files: dict[str, Path], reference: Reference) -> None:
+    figures, failed = findings(kind, files[kind], reference, files[kind])
+    assert failed == {}
+    assert figures is not None and figures.points == POINTS
+    exact = {"f32": 1e-4, "f16": 1e-4, "bf16": 0.002, "q8_0": 0.01}
+    assert figures.kl < exact.get(kind, 1.0), "limits have room"
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("harm", (*GGUF_HARMS, BEGIN_OF_TEXT), ids=lambda harm: harm.name)
+def test_a_harmed_file_is_not_published(
+    kind: str, harm: Harm[Callable[[Path], None]], files: dict[str, Path], reference: Reference, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copyfile(files[kind], tmp_path / f"broken-{kind}.gguf"))
+    harm.strike(broken)
+    figures, failed = findings(kind, broken, reference, files[kind])
+    assert harm.check in failed, failed
+    assert failed.keys() <= {*CHECKS} and "bytes" in failed, "it is not what was written, whatever else it is"
+    if harm in LOUD_HARMS:
+        assert figures is not None and math.isfinite(figures.kl)
+        assert failed.keys() == {"bytes", "weights", "kl"}, "what the model says shows it, too"
+    elif harm.name == "one bit of a weight flipped":
+        assert failed.keys() == ({"bytes", "weights"} if kind == "f16" else {"bytes"}), "too little for anything else"
+    elif harm.check not in ("bytes", "tensors", "file", "weights"):
+        assert "weights" not in failed
+
+
+# Other shapes
+
+
+def byte_level(folder: Path, tokenizer: Path, name: str, **changes: Any) -> None:
+    """A random model of another architecture with a tokenizer that the converter knows for it."""
+    import torch
+    import transformers
+
+    words: Any = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ends: dict[str, Any] = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "pad_token_id": 2}
+    config = getattr(transformers, f"{name}Config")(
+        **shape, **heads, **ends, max_position_embeddings=512, initializer_range=0.08, **changes
+    )
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    lively(model)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    as_merged(folder, words.chat_template)
+
+
+ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 5e4},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 7e3},
+}
+
+
+def tied(folder: Path) -> None:
+    """One matrix for words in and out, a head of keys for each of queries, and biases."""
+    tiny_base(folder, tied=True, num_key_value_heads=4, attention_bias=True)
+    tiny_tokenizer(folder)
+    as_merged(folder, CHAT)
+
+
+SHAPES: dict[str, Callable[[Path, Path], None]] = {
+    "llama, tied": lambda folder, words: tied(folder),
+    "gemma3": lambda folder, words: byte_level(
+        folder, words, "Gemma3Text", rope_parameters=ROPE, query_pre_attn_scalar=16
+    ),
+    "qwen3moe": lambda folder, words: byte_level(
+        folder, words, "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_good_file_of_another_shape_is_accused(
+    shape: str, smollm2: Path, tmp_path: Path, held_out: Path, request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / shape
+    SHAPES[shape](folder, smollm2)
+    settings = json.loads((folder / "chat.json").read_text(encoding="utf-8"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    made = gguf_files(folder, list(FILE_TYPES), request.config)
+    for kind, file in made.items():
+        head = read_head(file)
+        assert head.get("general.architecture") in PLAIN
+        assert check_head(head, folder, settings, tokenizer) == [], kind
+        assert check_weights(head, file, folder) == [], kind
+    compared = refer(folder, held_out, choose_device(kind="cpu"))
+    for kind in ("f16", "q5_k_m"):
+        assert findings(kind, made[kind], compared, made[kind])[1] == {}
+    # each weight of each tensor counts: experts, biases, norms
+    for tensor in (head := read_head(made["f32"])).tensors:
+        with made["f32"].open("r+b") as data:
+            data.seek(head.data_start + tensor.offset + tensor.nbytes - 2)
+            was = data.read(1)
+            data.seek(-1, 1)
+            data.write(bytes([was[0] ^ 0x40]))
+            data.flush()
+            (failure,) = check_weights(head, made["f32"], folder)
+            assert failure.measured.split()[3] == tensor.name
+            data.seek(-1, 1)
+            data.write(was)
+
+
+# Merged models
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A base, an adapter of it, and the two merged."""
+    folder = tmp_path_factory.mktemp("trained")
+    base = tiny_base(folder / "base", tied=False)
+    tiny_tokenizer(base)
+    adapter = tiny_adapter(base, folder / "adapter")
+    (folder / "merged").mkdir()
+    merge(base, adapter, folder / "merged", export_size=5, export_dtype="auto")
+    return base, adapter, folder / "merged"
+
+
+@pytest.mark.parametrize("harm", MERGED_HARMS, ids=lambda harm: harm.name)
+def test_a_harmed_merge_is_not_published(
+    harm: Harm[Callable[[Path], None]], trained: tuple[Path, Path, Path], held_out: Path, tmp_path: Path
+) -> None:
+    base, adapter, good = trained
+    broken = Path(shutil.copytree(good, tmp_path / "merged"))
+    harm.strike(broken)
+    with pytest.raises(StepFailed) as caught:
+        merge_check.check(base, adapter, broken, held_out, choose_device(kind="cpu"))
+    assert harm.check in named(caught.value), caught.value.message
+
+
+# What lies published
+
+
+@pytest.mark.parametrize("harm", PUBLISHED_HARMS, ids=lambda harm: harm.name)
+def test_a_harmed_artifact_is_made_again(mini: MiniProject, harm: Harm[Callable[[Path], None]]) -> None:
+    made = make_chain(mini)
+    for asset in ("lora_adapter", "merged_model", "gguf_file", "ollama_model"):
+        file = next(path for path in made[asset].path.iterdir() if path.name != "manifest.json")
+        held = file.read_bytes()
+        harm.strike(file)
+        assert plan_of(mini)[asset].state != "fresh"
+        assert file.name in str(made[asset].damage(store_of(mini).digests))
+        file.write_bytes(held)
+        assert plan_of(mini)[asset].state == "fresh"
+
+
+@pytest.mark.parametrize("kind", ["model", "template", "system", "params"])
+def test_our_own_store_is_read_again(mini: MiniProject, kind: str) -> None:
+    mini.edit(ollama={"system": NASTY, "top_k": 3})
+    make_chain(mini)
+    manifest = json.loads(ollama_store.manifest_path(mini.ollama_models, "mini").read_bytes())
+    (digest,) = [layer.digest for layer in ollama_store.layers_of(manifest) if layer.kind == kind]
+    blob = ollama_store.blob_path(mini.ollama_models, digest)
+    if kind == "system":
+        assert blob.read_bytes() == NASTY.encode()
+    shutil.copy2(blob, blob.with_suffix(".own"))  # the weights are a link to the artifact's
+    blob.with_suffix(".own").replace(blob)
+    stat = blob.stat()
+    flip(blob)
+    os.utime(blob, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert plan_of(mini)["ollama_model"].state == "fresh", "as old and as long as before: a plan reads no gigabytes"
+    assert failed(mini)["blobs"].startswith(f"{kind}: sha256:") and len(failed(mini)) == 1
+
+
+def failed(mini: MiniProject) -> dict[str, str]:
+    """What `finetune verify` finds: check -> its words."""
+    found = verify("mini", mini, store_of(mini), lambda event: None)
+    return {check.name: check.found for checks in found.values() for check in checks if not check.ok}
+
+
+# What is served
+
+
+@pytest.fixture(scope="module")
+def small(smollm2: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Files:
+    return tiny_files(smollm2, tmp_path_factory, request.config)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("models")) as host:
+        yield host
+
+
+@pytest.fixture
+def production(mini: MiniProject, small: Files, server: str, monkeypatch: pytest.MonkeyPatch) -> Artifact:
+    """A model with a nasty system prompt on a real server."""
+    with_weights(mini, small, monkeypatch)
+    monkeypatch.setenv("OLLAMA_HOST", server)
+    mini.edit(gguf={"types": ["q8_0"]}, ollama={"system": NASTY, "num_ctx": 256})
+    return make_chain(mini)["ollama_model"]
+
+
+@needs_server
+def test_a_harmed_model_is_noticed_on_the_server(
+    mini: MiniProject, production: Artifact, server: str, small: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert show(server, "mini:latest")["system"] == NASTY, "to the byte"
+    assert failed(mini) == {}, "the tokens of its prompt and its answer included"
+    create, before = ollama_create._create, digests(server)
+    folder = store_of(mini).folder("mini", "gguf_file") / production.inputs["gguf_file"]
+    (good,) = recorded(production.metrics, folder).values()
+    for harm in served_harms(small.other):
+        monkeypatch.setattr(ollama_create, "_create", slip(server, harm, create))
+        with pytest.raises(StepFailed, match=f"does not serve mini:latest as it was made: {harm.check}: "):
+            put(server, good, replies={good.name: NOT_ASKED})
+        assert digests(server) == before, "what is served has not changed, and nothing is left"
+    monkeypatch.undo()
+    monkeypatch.setenv("OLLAMA_HOST", server)
+    for harm in [harm for harm in served_harms(small.other) if harm.check in ("weights", "system")]:
+        # by someone else's hand
+        put_there(server, "mini:latest", harm.strike(good), create)
+        assert {"digest", harm.check} <= failed(mini).keys(), harm.name
+    with_weights(mini, small, monkeypatch)
+    make_chain(mini)
+    assert digests(server) == before and failed(mini) == {}, "the next run puts it back"
