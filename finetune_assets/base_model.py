@@ -19,6 +19,8 @@ from finetune_assets.recipe import ModelSection
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+UNWANTED = ("consolidated*",)  # the same weights once more, in the layout of Mistral's own programs
+LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that it did not fetch
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _copy(folder: Path, out: Path) -> dict[str, Any]:
 def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     from finetune_assets.hub import download
 
-    folder, commit = download(source.repo_id, source.revision, WANTED, progress)
+    folder, commit = download(source.repo_id, source.revision, WANTED, UNWANTED, progress)
     # copied: links out of an artifact would not be whole
     for path in sorted(folder.iterdir()):
         if path.is_file() and _wanted(path.name):
@@ -165,7 +167,7 @@ def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]
 
 
 def _wanted(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in WANTED)
+    return any(map(Path(name).match, WANTED)) and not any(map(Path(name).match, UNWANTED))
 
 
 def _check(out: Path, name: str) -> None:
@@ -176,9 +178,31 @@ def _check(out: Path, name: str) -> None:
             f"base model {name} has no .safetensors weights",
             "pickled weights (.bin, .pt) can run code when read and are refused: convert them to safetensors",
         )
+    for weights in sorted(out.glob("*.safetensors")):
+        if (damage := _damage(weights)) is not None:
+            hint = "fetch that file again, whole; in a git clone: git lfs pull"
+            raise StepFailed(f"base model {name}: {weights.name} {damage}", hint)
     for index in out.glob("*.safetensors.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shard for shard in shards if not (out / shard).is_file()):
             raise StepFailed(f"base model {name} is incomplete: {index.name} names {missing[0]}, which is not there")
     if not any((out / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StepFailed(f"base model {name} has no tokenizer files")
+
+
+def _damage(weights: Path) -> str | None:
+    """Why a file is not whole safetensors, by its size and its head alone; None if it is."""
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            return "is a Git LFS pointer, not the weights"
+        file.seek(8)
+        length = int.from_bytes(start[:8], "little")
+        try:
+            entries = json.loads(file.read(length) if length < size else b"")
+            ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return f"({size} bytes) is not safetensors, or was cut short"
+    return None if size == whole else f"has {size} bytes instead of {whole}"

@@ -53,6 +53,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Bring a recipe's assets up to date, through Dagster."""
+    from finetune_assets.prerequisites import check_prerequisites
     from finetune_assets.terminal.live import LiveRun
     from finetune_assets.terminal.results import headline, print_results
 
@@ -68,6 +69,7 @@ def run(
             store.make_current(artifact)  # back at earlier values, nothing runs, but this is what is asked for now
     if "ollama_model" in todo:
         refuse_rivals(loaded, readable_recipes(project.configs))
+    check_prerequisites(loaded, project, store, todo, forced=forced)
     started = time.monotonic()
     run_id, reused = None, []
     if todo:
@@ -102,7 +104,8 @@ def run(
 @app.command()
 def plan(recipe: RecipeArgument, as_json: Json = False) -> None:
     """Say what a run would do, and why, and what it would take."""
-    from finetune_assets.estimate import costs, free_bytes, total
+    from finetune_assets.disk import free_bytes
+    from finetune_assets.estimate import costs, total
 
     project, loaded = _load(recipe)
     store = open_store(project)
@@ -118,7 +121,7 @@ def plan(recipe: RecipeArgument, as_json: Json = False) -> None:
 
 @app.command()
 def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
-    """List what was made, and where it lies."""
+    """List what was made, where it lies, and how to serve it."""
     project, loaded = _load(recipe)
     store = open_store(project)
     found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
@@ -126,6 +129,7 @@ def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
         _print_json(tables.artifacts_json(found))
     elif found:
         out.print(tables.artifacts_table(found))
+        out.print(*tables.serving_lines(loaded, found), sep="\n", soft_wrap=True)
     else:
         out.print(f"nothing was made of {loaded.name} yet: finetune run {loaded.name}")
 

@@ -11,6 +11,8 @@ from finetune_assets.errors import StepFailed
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries written in other languages raise errors of their own, which carry the system's words only.
 FULL_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
+SQLITE_WORDS = ("disk I/O error",)  # also of a disk so full that it cannot make its lock file
+NOTHING = 1_000_000  # bytes free, or fewer: then that is why
 READ_ONLY_WORDS = ("Read-only file system", "attempt to write a readonly database")
 
 
@@ -23,9 +25,9 @@ def disk_trouble(
         setting: the environment variable that puts the folder elsewhere.
         outcome: what became of the work.
     """
-    if _says(error, FULL, FULL_WORDS):
+    if _says(error, FULL, FULL_WORDS) or (_says(error, (), SQLITE_WORDS) and free_bytes(folder) < NOTHING):
         return StepFailed(
-            f"no space left on the disk of {folder} ({_free(folder)} free); {outcome}",
+            f"no space left on the disk of {folder} ({human_size(free_bytes(folder))} free); {outcome}",
             f"free some space, or set {setting} to a folder on a larger disk",
         )
     if _says(error, (errno.EROFS,), READ_ONLY_WORDS):
@@ -38,6 +40,20 @@ def disk_trouble(
     return None
 
 
+def free_bytes(folder: Path) -> int:
+    """What is free on the disk of a folder that may not be there yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+
+
+def human_size(size: float) -> str:
+    """Bytes in decimal units: `538.1 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in numbers:
@@ -46,9 +62,3 @@ def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[st
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _free(folder: Path) -> str:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    return f"{free / 1e9:.1f} GB" if free >= 1e8 else f"{free / 1e6:.1f} MB"

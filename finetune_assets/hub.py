@@ -18,7 +18,11 @@ TOKEN_HINT = "check model.model_name_or_path and model.model_revision; a private
 
 
 def download(
-    repo_id: str, revision: str, patterns: Sequence[str], progress: Callable[[dict[str, Any]], None]
+    repo_id: str,
+    revision: str,
+    patterns: Sequence[str],
+    but: Sequence[str],
+    progress: Callable[[dict[str, Any]], None],
 ) -> tuple[Path, str]:
     """The folder in the hub's cache that holds a model's files, and the commit that the revision stands for.
 
@@ -28,6 +32,7 @@ def download(
 
     Args:
         patterns: the names of the files to fetch.
+        but: and those, among them, of files to leave out.
 
     Raises:
         StepFailed: the files cannot be had.
@@ -42,12 +47,14 @@ def download(
             assert commit is not None
         what = f"{repo_id} at {commit}"
         progress({"event": "message", "text": f"downloading {what}"})
-        return _snapshot(repo_id, commit, patterns, lambda so_far: progress(_message(what, so_far))), commit
+        return _snapshot(repo_id, commit, patterns, but, lambda so_far: progress(_message(what, so_far))), commit
     except Exception as error:  # also whatever the hub's HTTP library of the day raises
         raise _explained(error, f"{repo_id} (revision {revision})") from error
 
 
-def _snapshot(repo_id: str, commit: str, patterns: Sequence[str], tell: Callable[[int], None]) -> Path:
+def _snapshot(
+    repo_id: str, commit: str, patterns: Sequence[str], but: Sequence[str], tell: Callable[[int], None]
+) -> Path:
     """Download in threads of their own, and tell this one's caller the bytes so far every now and then.
 
     The library would finish the files at hand before it lets an interrupt through; here they end with the next piece.
@@ -81,7 +88,7 @@ def _snapshot(repo_id: str, commit: str, patterns: Sequence[str], tell: Callable
                     repo_id,
                     revision=commit,
                     allow_patterns=list(patterns),
-                    ignore_patterns=["*/*"],
+                    ignore_patterns=["*/*", *but],
                     tqdm_class=Counter,
                 )
             )
@@ -91,7 +98,7 @@ def _snapshot(repo_id: str, commit: str, patterns: Sequence[str], tell: Callable
     threading.Thread(target=work, daemon=True).start()
     try:
         while wait([result], TELL_EVERY).not_done:
-            tell(max(counts.values(), default=0))
+            tell(max(list(counts.values()), default=0))  # a copy: other threads add to it
     finally:
         stop.set()
     return Path(result.result())

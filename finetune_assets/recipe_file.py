@@ -21,6 +21,11 @@ def recipe_files(configs: Path) -> list[Path]:
     return sorted(path for path in configs.glob("*.yaml") if not path.name.startswith((".", "_")))
 
 
+def recipe_path(name: str, configs: Path) -> Path:
+    """Where the recipe of a name lies, if there is one."""
+    return configs / f"{name}.yaml"
+
+
 def find_recipe(spec: str, configs: Path) -> Path:
     """The file of a recipe given by its name in `configs` or by a path.
 
@@ -29,7 +34,7 @@ def find_recipe(spec: str, configs: Path) -> Path:
     """
     path = Path(spec)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        own = configs / f"{path.stem}.yaml"
+        own = recipe_path(path.stem, configs)
         if path.is_file() and own.is_file() and not path.samefile(own):
             raise BadInput(
                 f"{spec}: its assets would take the place of those of {own}",
@@ -38,7 +43,7 @@ def find_recipe(spec: str, configs: Path) -> Path:
         if path.is_file():
             return path
         raise BadInput(f"{spec}: no such recipe file", f"recipes of this project: {_names(configs)}")
-    path = configs / f"{spec}.yaml"
+    path = recipe_path(spec, configs)
     if path.is_file():
         return path
     known = [file.stem for file in recipe_files(configs)]

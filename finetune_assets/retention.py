@@ -24,7 +24,7 @@ from finetune_assets.lineage import NODES
 from finetune_assets.plan import make_plan
 from finetune_assets.project import Project
 from finetune_assets.recipe import RECIPE_NAME
-from finetune_assets.recipe_file import find_recipe, load_recipe
+from finetune_assets.recipe_file import find_recipe, load_recipe, recipe_path
 
 Key = tuple[str, str]  # asset, fingerprint
 ORPHAN_AGE = 3600.0  # seconds: a pointer is written in milliseconds, and not always under a lock
@@ -90,7 +90,7 @@ def subjects(specs: Sequence[str], project: Project, store: ArtifactStore) -> li
     """
     if not specs:
         folders = sorted(path.name for path in store.root.iterdir() if path.is_dir()) if store.root.is_dir() else []
-        files = {name: project.configs / f"{name}.yaml" for name in folders}
+        files = {name: recipe_path(name, project.configs) for name in folders}
         return [Subject(name, file if file.is_file() else None, named=False) for name, file in files.items()]
     found = []
     for spec in specs:

@@ -17,10 +17,17 @@ from finetune_assets.recipe import ModelSection
 from tests.conftest import REPOSITORY
 
 
+def safetensors(data: bytes) -> bytes:
+    """A file of one tensor, of these bytes."""
+    head = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return len(head).to_bytes(8, "little") + head + data
+
+
 def folder_model(path: Path, **files: str) -> Path:
     """A folder that looks like a model; the content of its files does not matter to copying."""
     path.mkdir()
-    for name, content in {"config.json": "{}", "model.safetensors": "w", "tokenizer.json": "{}", **files}.items():
+    (path / "model.safetensors").write_bytes(safetensors(b"w"))
+    for name, content in {"config.json": "{}", "tokenizer.json": "{}", **files}.items():
         (path / name).write_text(content)
     return path
 
@@ -32,6 +39,7 @@ def fetch(section: ModelSection, root: Path, out: Path) -> dict:
 
 def test_a_folder_is_copied_without_pickles_and_scripts(tmp_path: Path):
     extra = {"pytorch_model.bin": "p", "modeling_x.py": "import os", "chat_template.jinja": "t", ".hidden.json": "h"}
+    extra["consolidated.00-of-01.safetensors"] = "the same weights once more"
     folder_model(tmp_path / "base", **extra)
     fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -50,6 +58,28 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path, gone: str, words: str):
     (folder_model(tmp_path / "base", **{"pytorch_model.bin": "p"}) / gone).unlink()
     with pytest.raises(StepFailed, match=words):
         fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 269060552\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (POINTER, r"model\.safetensors is a Git LFS pointer, not the weights"),
+        (safetensors(bytes(1000))[:-1], r"model\.safetensors has 1073 bytes instead of 1074"),
+        (safetensors(bytes(1000)) + b"\n", r"has 1075 bytes instead of 1074"),
+        (safetensors(bytes(1000))[:40], r"\(40 bytes\) is not safetensors, or was cut short"),
+        (b"", r"\(0 bytes\) is not"),
+        (b"\x02" + bytes(7) + b"[]", r"\(10 bytes\) is not"),
+        (b"\xff" * 64, r"\(64 bytes\) is not"),
+    ],
+)
+def test_weights_that_are_not_whole(tmp_path: Path, content: bytes, words: str):
+    (folder_model(tmp_path / "base") / "model.safetensors").write_bytes(content)
+    with pytest.raises(StepFailed, match=r"base model \./base: .*" + words) as caught:
+        fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
+    assert "git lfs pull" in str(caught.value.hint)
 
 
 def test_a_local_model_is_identified_by_its_content(tmp_path: Path):

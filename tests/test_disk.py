@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from finetune_assets.artifacts import Made
+from finetune_assets.assets.chain import bound, recipe_definitions
+from finetune_assets.assets.keys import job_name
 from finetune_assets.errors import StepFailed
 from finetune_assets.materialise import Step, materialise
 from finetune_assets.plan import make_plan, open_store
@@ -179,14 +181,39 @@ def finetune(project: MiniProject, *arguments: str) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("room", [0, 200_000, 800_000, 1_500_000])
+@pytest.mark.parametrize("room", [20_000, 80_000, 140_000])
 def test_a_run_on_a_full_disk_says_so(small: MiniProject, room: int):
-    big_data(small)
+    """Room for the data, and none for Dagster's history."""
     fill(small, room)
     done = finetune(small, "run", "mini", "--to", "raw_dataset")
     assert done.returncode == 1, done.stderr
     assert "no space left on the disk of" in done.stderr
     assert "Traceback" not in done.stderr and "unexpected" not in done.stderr
+    assert not left_behind(small)
+
+
+@pytest.mark.parametrize("room", [0, 2_000_000])
+def test_a_run_that_cannot_fit_is_not_begun(small: MiniProject, room: int):
+    big_data(small)
+    filler = fill(small, room)
+    done = finetune(small, "run", "mini")
+    assert done.returncode == 1 and not done.stdout
+    said, hint = done.stderr.splitlines()
+    assert said.startswith("not enough disk space for mini: about 12.0 MB are needed (raw_dataset 6.0 MB, dataset_info")
+    assert said.endswith(f" are free on the disk of {small.store}")
+    assert "finetune gc" in hint and "DAGSTER_HOME" in hint
+    assert [path.name for path in small.home.iterdir() if path != filler] in ([], ["cache"]), "nothing was written"
+
+
+def test_nor_is_one_that_was_started_elsewhere(small: MiniProject):
+    big_data(small)
+    (small.root / "base").mkdir()
+    job = bound(recipe_definitions(load_recipe(small.recipe_path()), small)).resolve_job_def(job_name("mini"))
+    result = job.execute_in_process(raise_on_error=False)
+    failures = [event.step_failure_data.user_failure_data for event in result.all_events if event.is_step_failure]
+    assert failures
+    for data in failures:
+        assert data is not None and str(data.description).startswith("not enough disk space for mini: about 12.0 MB")
     assert not left_behind(small)
 
 

@@ -18,15 +18,17 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.hub_server import Faults, HubServer, Repository
+from tests.test_base_model import safetensors
 
 MODEL = "someone/some-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECRET = "hf_very_secret"
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+WEIGHTS = safetensors(bytes(range(256)) * 4096)  # 1 MiB
 WANTED = ["config.json", "model.safetensors", "tokenizer.json"]
 
 SCRIPT = """
-import json, sys
+import json, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 from pathlib import Path
 from finetune_assets import base_model
 from finetune_assets.errors import FinetuneError
@@ -90,7 +92,14 @@ class Client:
 def hub(tmp_path: Path) -> Iterator[HubServer]:
     folder = tmp_path / "repository"
     (folder / "onnx").mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "onnx/config.json", "modeling_x.py", "pytorch_model.bin"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "onnx/config.json",
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+    ):
         (folder / name).write_text(json.dumps({"file": name}))
     (folder / "model.safetensors").write_bytes(WEIGHTS)
     (folder / "onnx" / "model.safetensors").write_bytes(b"another format")
@@ -189,7 +198,7 @@ def test_a_commit_in_the_cache_needs_no_hub(client: Client):
 
 
 def test_a_lost_connection_is_taken_up_where_it_broke(client: Client):
-    weights = WEIGHTS * 16  # larger than the pieces of 10 MiB that the library writes
+    weights = safetensors(WEIGHTS * 16)  # larger than the pieces of 10 MiB that the library writes
     (client.hub.repositories[MODEL].folder / "model.safetensors").write_bytes(weights)
     client.hub.faults.cut["model.safetensors"] = 12_000_000
     client.fetch()

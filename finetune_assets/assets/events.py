@@ -47,7 +47,9 @@ def news(observed: Observed, instance: DagsterInstance) -> list[Event]:
         key, tags = asset_key(observed.recipe, step.name), _up_to_date_with(step.name, artifact, observed)
         record = instance.get_latest_materialization_event(key)
         if _differs(record.asset_materialization if record else None, tags):
-            found.append(dg.AssetMaterialization(key, metadata=page(step, artifact, reused=True), tags=tags))
+            found.append(
+                dg.AssetMaterialization(key, metadata=page(step, artifact, observed.recipe, reused=True), tags=tags)
+            )
     return found
 
 

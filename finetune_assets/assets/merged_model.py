@@ -42,7 +42,6 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
         "weights (MB)": dg.MetadataValue.float(round(size / 1e6, 1)),
         **({"merged against base + adapter": table([_row(check)])} if check else {}),
         **{key: figure(value) for key, value in facts.items()},
-        "serve it": dg.MetadataValue.md(f"```\nvllm serve {artifact.path}\n```"),
     }
 
 

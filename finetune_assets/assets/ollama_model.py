@@ -31,7 +31,6 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     return {
         "models": table([_row(name, facts) for name in facts["models"]]),
         "served from": dg.MetadataValue.text(f"{facts['where']} {facts['place']}"),
-        "talk to it": dg.MetadataValue.md("\n".join(["```", *facts["commands"], "```"])),
         "Modelfile": dg.MetadataValue.md(f"````\n{facts['modelfile']}````"),
         "notes": dg.MetadataValue.md("\n".join(f"- {note}" for note in facts["notes"]) or "none"),
     }

@@ -17,7 +17,7 @@ from finetune_assets.lineage import NODES
 from finetune_assets.observed import observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import DATASETS, Recipe
-from finetune_assets.recipe_file import load_recipe
+from finetune_assets.recipe_file import load_recipe, recipe_path
 
 
 def values_nodes(recipe: Recipe, project: Project) -> dg.AssetsDefinition:
@@ -68,7 +68,7 @@ def _seen(context: dg.AssetExecutionContext, recipes: Sequence[Recipe], project:
     left = set(context.selected_asset_keys)
     for recipe in recipes:
         try:
-            found = list(observations(observe(load_recipe(project.configs / f"{recipe.name}.yaml"), project)))
+            found = list(observations(observe(load_recipe(recipe_path(recipe.name, project.configs)), project)))
         except FinetuneError as error:
             raise dg.Failure(description=str(error), allow_retries=False) from error
         for event in found:

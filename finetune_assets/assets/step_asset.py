@@ -10,9 +10,12 @@ import dagster as dg
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.keys import asset_key, read_tags, source_keys
 from finetune_assets.errors import FinetuneError
+from finetune_assets.export.elsewhere import commands as serving_commands
 from finetune_assets.lineage import NODES
 from finetune_assets.materialise import Progress, Step, materialise
 from finetune_assets.observed import reading_of
+from finetune_assets.plan import open_store
+from finetune_assets.prerequisites import check_prerequisites
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from finetune_assets.watching import tell
@@ -65,7 +68,10 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
             with gpu.lease(progress) as lease:
                 return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
 
+        force = context.run.tags.get(FORCE_TAG) == "true"
+        forced = [spec.name] if force else []
         try:
+            check_prerequisites(recipe, project, open_store(project), _selected(recipe, context), forced=forced)
             outcome = materialise(
                 spec.name,
                 recipe,
@@ -73,7 +79,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
                 spec.build,
                 _reporter(spec.name, context.log.info),
                 launch=launch,
-                force=context.run.tags.get(FORCE_TAG) == "true",
+                force=force,
             )
         except FinetuneError as error:
             # Dagster shows a Failure's description instead of a traceback
@@ -84,17 +90,25 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
         upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
         return dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.data_version),
-            metadata=page(spec, artifact, reused=outcome.reused),
+            metadata=page(spec, artifact, recipe, reused=outcome.reused),
             tags=read_tags(recipe, spec.name, reading, upstreams),
         )
 
     return step
 
 
-def page(spec: StepAsset, artifact: Artifact, *, reused: bool) -> dict[str, Any]:
+def _selected(recipe: Recipe, context: dg.AssetExecutionContext) -> list[str]:
+    """The assets that a run is to bring up to date."""
+    selected = context.run.asset_selection
+    return [name for name in NODES if not selected or asset_key(recipe, name) in selected]
+
+
+def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, *, reused: bool) -> dict[str, Any]:
     """The metadata of an artifact for the asset's page."""
+    commands = serving_commands(spec.name, artifact, recipe)
     return {
         **spec.describe(artifact),
+        **({"serve it": dg.MetadataValue.md("\n".join(["```bash", *commands, "```"]))} if commands else {}),
         "artifact": dg.MetadataValue.path(artifact.path),
         "fingerprint": artifact.fingerprint,
         "seconds to build": float(artifact.manifest["seconds"]),

@@ -13,7 +13,7 @@ from finetune_assets.errors import FinetuneError
 from finetune_assets.observed import Observed, observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
-from finetune_assets.recipe_file import load_recipe, recipe_files
+from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_path
 from resources.dead_runs import end_dead_runs, unfinished_run_of
 from resources.webhook import WebhookResource
 
@@ -32,7 +32,7 @@ def retrain_sensor(recipe: Recipe, project: Project) -> dg.SensorDefinition:
         description=f"Runs what is stale of {recipe.name}, once it has stayed as it is from one look to the next.",
     )
     def retrain(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        now = load_recipe(project.configs / f"{recipe.name}.yaml")
+        now = load_recipe(recipe_path(recipe.name, project.configs))
         if recipe.schedule.on_change and not now.schedule.on_change:
             return dg.SensorResult(skip_reason=f"schedule.on_change of {recipe.name} is off")
         end_dead_runs(context.instance)
@@ -73,7 +73,7 @@ def schedule(recipe: Recipe, project: Project) -> dg.ScheduleDefinition:
     )
     def at_its_time(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         end_dead_runs(context.instance)
-        observed = observe(load_recipe(project.configs / f"{recipe.name}.yaml"), project)
+        observed = observe(load_recipe(recipe_path(recipe.name, project.configs)), project)
         return request(observed) if observed.stale else dg.SkipReason("everything is up to date")
 
     return at_its_time

@@ -39,7 +39,7 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
         raise StepFailed("there is no Ollama here", "install it (https://ollama.com) or set OLLAMA_BIN to its binary")
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ollama-home-", ignore_cleanup_errors=True) as home:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         ours = {
             "OLLAMA_HOST": address,
             "OLLAMA_MODELS": str(models.resolve()),
@@ -64,7 +64,8 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
             _stop(server)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

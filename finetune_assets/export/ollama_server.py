@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune_assets.errors import StepFailed
 
+ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]+(/[^\s?#]*)?")
 BUSY = 10.0  # seconds for a simple answer of a server that is there
 
 
@@ -52,6 +53,10 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
     Raises:
         StepFailed: something is there that is no Ollama server, or one that does not answer.
     """
+    if not ADDRESS.fullmatch(host):
+        raise StepFailed(
+            f"{host} is no Ollama server: not an address", "write OLLAMA_HOST like 127.0.0.1:11434, or unset it"
+        )
     try:
         try:
             return str(_get(host, "/api/version", seconds)["version"])

@@ -13,10 +13,12 @@ from typing import Any
 from finetune_assets.artifacts import Artifact
 from finetune_assets.errors import FinetuneError, StepFailed
 from finetune_assets.export import ollama_server, ollama_store
+from finetune_assets.export.elsewhere import context_of_gguf
 from finetune_assets.export.modelfile import OllamaModel, modelfile, parameters
 from finetune_assets.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
+ROOM = 256  # bytes, and therefore tokens at most, of a short question with the words that a template puts around it
 RECORDED = ("name", "models", "template", "system", "parameters")
 
 
@@ -32,7 +34,7 @@ def publish(
 
     Returns:
         name (without a tag), models (by name with its tag: type, file and sha256 of the weights), template, system,
-        parameters, the text of the first's Modelfile, notes on what the TEMPLATE cannot do, and what `serve` returns.
+        parameters, the text of the first's Modelfile, notes on what will not be as asked for, and what `serve` returns.
 
     Raises:
         StepFailed: no faithful TEMPLATE can be derived from the chat template, or the server fails.
@@ -40,7 +42,13 @@ def publish(
     from finetune_assets.export.go_template import from_gguf
 
     files = {name: (kind, gguf.metrics["types"][kind]["file"]) for name, kind in recipe.served.items()}
-    template = from_gguf(gguf.path / files[f"{recipe.ollama.name}:latest"][1])
+    first = gguf.path / files[f"{recipe.ollama.name}:latest"][1]
+    template, longest = from_gguf(first), context_of_gguf(first)
+    notes = list(template.notes)
+    if longest is not None and recipe.ollama.num_ctx > longest:
+        notes.append(
+            f"ollama.num_ctx is {recipe.ollama.num_ctx}, but the model was made for {longest} tokens: servers use that"
+        )
     stop = json.loads((gguf.path / "chat.json").read_text(encoding="utf-8"))["stop"]
     facts: dict[str, Any] = {
         "name": recipe.ollama.name,
@@ -51,7 +59,7 @@ def publish(
         "template": template.text,
         "system": recipe.system,
         "parameters": parameters(recipe.ollama, stop),
-        "notes": list(template.notes),
+        "notes": notes,
     }
     place = serve(facts, gguf.path, before=before, models=models, progress=progress)
     texts = {name: modelfile(model) for name, model in recorded(facts, gguf.path).items()}
@@ -91,19 +99,20 @@ def serve(
 
     Returns:
         digests (name with its tag -> digest of the Ollama manifest), digest (that of the first), previous (name ->
-        digest served under it until now, or none), where ("server" or "store"), place (host or folder), and the
-        commands that talk to the model.
+        digest served under it until now, or none), where ("server" or "store"), place (host or folder), and asked
+        (the host that was looked for a server).
 
     Raises:
-        StepFailed: the server fails, or serves something else than was asked for.
+        StepFailed: the server fails, or serves something else than was asked for; or the system prompt leaves no room
+            in the context.
     """
+    from finetune_assets.export.expected import NUM_CTX, expected
+
     wanted = recorded(facts, folder)
     same_base = before.get("name") == facts["name"]
     retired = {name: old for name, old in digests_of(before).items() if name not in wanted} if same_base else {}
-    names = [_plain(name) for name in wanted]
     host = ollama_server.configured_host()
     if ollama_server.answers(host) is not None:
-        from finetune_assets.export.expected import expected
         from finetune_assets.export.ollama_create import create
 
         progress({"event": "message", "text": "asking llama.cpp what to expect"})
@@ -111,8 +120,11 @@ def serve(
         made = create(host, list(wanted.values()), replies, retired=retired, progress=progress)
         previous = {name: one.previous for name, one in made.items()}
         digests = {name: one.digest for name, one in made.items()}
-        where, place, commands = "server", host, [f"ollama run {name}" for name in names]
+        where, place = "server", host
     else:
+        model = next(iter(wanted.values()))
+        if len((model.system or "").encode()) + ROOM > model.parameters.get("num_ctx", NUM_CTX):
+            expected(model)  # counts the tokens
         models.mkdir(parents=True, exist_ok=True)
         with ollama_store.lock(models):
             previous = {name: ollama_store.read(models, name) for name in wanted}
@@ -122,12 +134,8 @@ def serve(
                     ollama_store.remove(models, name)
         digests = {name: one.digest for name, one in written.items()}
         where, place = "store", str(models)
-        commands = [f"OLLAMA_MODELS={models} ollama serve   # then: ollama run {', '.join(names)}"]
     first = next(iter(digests.values()))
-    return {
-        **{"digest": first, "digests": digests, "previous": previous},
-        **{"where": where, "place": place, "commands": commands},
-    }
+    return {"digest": first, "digests": digests, "previous": previous, "where": where, "place": place, "asked": host}
 
 
 def digests_of(facts: Mapping[str, Any]) -> dict[str, str]:

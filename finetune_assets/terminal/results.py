@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from finetune_assets.artifacts import Artifact
+from finetune_assets.export.elsewhere import ollama
 from finetune_assets.recipe import Recipe
 from finetune_assets.terminal import tables
 
@@ -40,6 +41,6 @@ def _next_commands(recipe: Recipe, served: Artifact) -> list[str]:
     return [
         f'{program} chat {recipe.name} --with base -m "Who are you?"',
         f'{program} chat {recipe.name} --with gguf -m "Who are you?"',
-        *served.metrics["commands"],
+        *ollama(served.metrics),
         "make ui   # http://127.0.0.1:3000",
     ]

@@ -11,7 +11,9 @@ from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
+from finetune_assets.disk import human_size
 from finetune_assets.estimate import Cost, Total
+from finetune_assets.export.elsewhere import commands
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import Planned
 from finetune_assets.recipe import Recipe
@@ -115,6 +117,15 @@ def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
     return table
 
 
+def serving_lines(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[Text]:
+    """How to serve what was made: for each asset that can be served, its name and lines for a shell."""
+    lines: list[Text] = []
+    for name, artifact in artifacts.items():
+        if found := commands(name, artifact, recipe):
+            lines += [Text(f"serve {name}", style="bold"), *(Text(f"  {line}") for line in found)]
+    return lines
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Base against tuned, on the test rows."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -144,15 +155,6 @@ def short_path(path: Path) -> str:
 def moment(created: str) -> str:
     """A manifest's time as people write it: `2026-11-22 15:45 UTC`."""
     return f"{created[:10]} {created[11:16]} UTC"
-
-
-def human_size(size: float) -> str:
-    """Bytes in decimal units: `538.1 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def duration(seconds: float) -> str:

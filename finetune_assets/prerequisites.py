@@ -1,0 +1,65 @@
+"""What is asked before the first step of a run: what cannot be finished is not begun."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from finetune_assets.artifacts import ArtifactStore
+from finetune_assets.disk import free_bytes, human_size
+from finetune_assets.errors import StepFailed
+from finetune_assets.estimate import Cost, costs
+from finetune_assets.export import ollama_server
+from finetune_assets.lineage import NODES
+from finetune_assets.plan import make_plan
+from finetune_assets.project import Project
+from finetune_assets.recipe import Recipe
+
+WEIGHTS = ("base_model", "lora_adapter", "merged_model", "gguf_file")
+
+
+def check_prerequisites(
+    recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], *, forced: Collection[str] = ()
+) -> None:
+    """Refuse a run that cannot be finished, as far as that can be known.
+
+    Args:
+        assets: those that are to be made if they are not up to date.
+        forced: those that are to be made in any case.
+
+    Raises:
+        StepFailed: the disk is too small for them, or OLLAMA_HOST names something that is no Ollama server.
+    """
+    if "ollama_model" in assets:
+        _check_server()
+    _check_disk(recipe, project, store, assets, forced)
+
+
+def _check_server() -> None:
+    try:
+        ollama_server.answers(ollama_server.configured_host())
+    except StepFailed as error:
+        if not isinstance(error.__cause__, TimeoutError):  # it may have time when it is needed
+            raise
+
+
+def _check_disk(
+    recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], forced: Collection[str]
+) -> None:
+    """An asset that may come out as it was counts if weights that it is made of are made anew: it will not.
+
+    ollama_model does not count: our own store links the weights, and a server's lies on the server's disk.
+    """
+    plan = make_plan(recipe, project, store, upto="gguf_file")
+    needed: dict[str, Cost] = {}
+    for name, cost in costs(recipe, project, plan, store, also=forced).items():
+        anew = any(up.asset in needed and up.asset in WEIGHTS for up in NODES[name].upstreams)
+        if name in {*assets, *forced} and (anew or plan[name].state != "maybe"):
+            needed[name] = cost
+    size = sum(cost.bytes or 0 for cost in needed.values()) + max((cost.scratch for cost in needed.values()), default=0)
+    if size > (free := free_bytes(project.store)):
+        parts = ", ".join(f"{name} {human_size(cost.bytes)}" for name, cost in needed.items() if cost.bytes)
+        raise StepFailed(
+            f"not enough disk space for {recipe.name}: about {human_size(size)} are needed ({parts}), and "
+            f"{human_size(free)} are free on the disk of {project.store}",
+            "finetune gc frees what nothing needs; DAGSTER_HOME can be a folder on a larger disk",
+        )
