@@ -140,7 +140,7 @@ def test_only_the_types_that_are_missing(mini: MiniProject, made: dict[str, Arti
 
 def test_files_that_are_kept_and_compared_again(mini: MiniProject, made: dict[str, Artifact]):
     manifest = json.loads((made["gguf_file"].path / "manifest.json").read_text())
-    manifest["ingredients"]["tools"]["xllamacpp"] = "an earlier one"
+    manifest["ingredients"]["upstreams"]["dataset_info/test"] = "earlier rows"
     folder = made["gguf_file"].path.with_name("e" * 20)
     made["gguf_file"].path.rename(folder)
     (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": folder.name}))

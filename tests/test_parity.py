@@ -183,7 +183,7 @@ def test_what_is_made_and_measured_again_when() -> None:
         "recipe": {"gguf.types": ["q8_0"]},
         "sources": {},
         "upstreams": {"merged_model": "m", "dataset_info/test": "d"},
-        "tools": {"converter": "c", "libgguf": "l", "xllamacpp": "x"},
+        "tools": {"converter": "c", "xllamacpp": "x"},
     }
     figures = Figures(kl=0.004, top1=0.95, ppl_ratio=1.01, tokens_per_second=9.0, points=64, reference="fp32")
     entry = {"file": "tiny-q8_0.gguf", "bytes": 1, **dataclasses.asdict(figures)}
@@ -204,8 +204,8 @@ def test_what_is_made_and_measured_again_when() -> None:
     assert again() == (False, False)
     assert again(recipe={"gguf.types": ["q8_0", "f16"], "gguf.max_kl": {"q8_0": 0.1}}) == (False, False)
     assert again(upstreams={"dataset_info/test": "other"}) == (False, True)
-    assert again(tools={"xllamacpp": "other"}) == (False, True)
-    assert again(tools={"libgguf": "other"}) == (True, True)
+    assert again(tools={"xllamacpp": "other"}) == (True, True)
+    assert again(tools={"converter": "other"}) == (True, True)
     assert again(upstreams={"merged_model": "other"}) == (True, True)
     assert again(code_version="3") == (True, True)
     assert (_kept(None, made), _recorded(None, made)) == ({}, {})
