@@ -8,13 +8,16 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.digests import DigestCache, digest_of_files, files_below
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.model_card import write_card
 from finetune_assets.recipe import ModelSection
+
+if TYPE_CHECKING:
+    from finetune_assets.hub import Announced
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
@@ -88,6 +91,16 @@ def description(model: ModelSection, root: Path) -> dict[str, str]:
             owner, _, name = repo_id.rpartition("/")
             known = {"organization": owner} if owner else {}
             return {"name": name, **known, "version": revision, "repo_url": f"https://huggingface.co/{repo_id}"}
+
+
+def announced(model: ModelSection, root: Path) -> Announced | None:
+    """What the hub says of the size of a model that comes from there; None of others, and where it does not say."""
+    source = locate(model, root)
+    if not isinstance(source, Hub):
+        return None
+    from finetune_assets import hub
+
+    return hub.announced(source.repo_id, source.revision, _wanted)
 
 
 def fetch(

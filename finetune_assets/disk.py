@@ -42,7 +42,16 @@ def disk_trouble(
 
 def free_bytes(folder: Path) -> int:
     """What is free on the disk of a folder that may not be there yet."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    """Whether two folders, which may not be there yet, share the space that is free."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def human_size(size: float) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.base_model import Local, locate
@@ -27,6 +27,9 @@ from finetune_assets.lineage import NODES
 from finetune_assets.plan import Planned
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
+
+if TYPE_CHECKING:
+    from finetune_assets.hub import Announced
 
 # Bits for each weight of Llama 3.1 8B in a GGUF file of each type; other models mix their types a little otherwise.
 # https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md, and export.type_policy, which agrees.
@@ -71,9 +74,14 @@ def costs(
     store: ArtifactStore,
     *,
     also: Collection[str] = (),
+    announced: Announced | None = None,
 ) -> dict[str, Cost]:
-    """The cost of every asset of a plan that is not fresh, and of those that are to be made although they are."""
-    known = _Known(recipe, project, plan, store)
+    """The cost of every asset of a plan that is not fresh, and of those that are to be made although they are.
+
+    Args:
+        announced: what a hub says of a base model that was never made.
+    """
+    known = _Known(recipe, project, plan, store, announced)
     return {name: COSTS[name](known) for name, item in plan.items() if item.state != "fresh" or name in also}
 
 
@@ -94,11 +102,19 @@ def total(plan: Mapping[str, Planned], found: Mapping[str, Cost]) -> Total:
 class _Known:
     """What can be known without running anything."""
 
-    def __init__(self, recipe: Recipe, project: Project, plan: Mapping[str, Planned], store: ArtifactStore):
+    def __init__(
+        self,
+        recipe: Recipe,
+        project: Project,
+        plan: Mapping[str, Planned],
+        store: ArtifactStore,
+        announced: Announced | None,
+    ):
         self.recipe = recipe
         self.project = project
         self.plan = plan
         self.store = store
+        self.announced = announced
 
     def past(self, asset: str) -> Artifact | None:
         """What to go by: the asset's current artifact, else its newest, else the newest of any recipe."""
@@ -148,14 +164,19 @@ class _Known:
 
     @cached_property
     def base_bytes(self) -> int | None:
-        if self.base is not None or self.base_folder is None:
-            return self.base.size if self.base else None
-        return sum(path.stat().st_size for path in files_below(self.base_folder).values())
+        if self.base is not None:
+            return self.base.size
+        if self.base_folder is not None:
+            return sum(path.stat().st_size for path in files_below(self.base_folder).values())
+        return self.announced.bytes if self.announced is not None else None
 
     @cached_property
     def weights(self) -> Counter[str]:
         """Elements of the base model's weights by dtype (safetensors' names)."""
-        return weights_of(self.base_folder) if self.base_folder is not None else Counter()
+        if self.base_folder is not None:
+            return weights_of(self.base_folder)
+        known = self.announced.weights if self.announced is not None else Counter()
+        return Counter({name: count for name, count in known.items() if name in BYTES_OF})
 
     @property
     def merged_bytes(self) -> int:

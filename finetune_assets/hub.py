@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,47 @@ from finetune_assets.errors import FinetuneError, StepFailed
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TELL_EVERY = 5.0  # seconds between two messages of how far it is
 TOKEN_HINT = "check model.model_name_or_path and model.model_revision; a private model needs HF_TOKEN"
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a hub says of a model before it is fetched.
+
+    Args:
+        bytes: the size of the files that are wanted.
+        missing: the same of those that are not in the cache yet.
+        weights: elements by dtype (safetensors' names); empty where the hub does not know.
+        cache: the folder that they are fetched into.
+    """
+
+    bytes: int
+    missing: int
+    weights: Counter[str]
+    cache: Path
+
+
+def announced(repo_id: str, revision: str, wanted: Callable[[str], bool]) -> Announced | None:
+    """The size of a model on the hub, or None if the hub does not say: whoever then fetches it hears why."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    try:
+        info = HfApi().model_info(
+            repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except Exception:  # also whatever the hub's HTTP library of the day raises
+        return None
+    files = {
+        file.rfilename: file.size or 0
+        for file in info.siblings or []
+        if "/" not in file.rfilename and wanted(file.rfilename)
+    }
+    there = [name for name in files if isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)]
+    return Announced(
+        bytes=sum(files.values()),
+        missing=sum(files.values()) - sum(files[name] for name in there),
+        weights=Counter(info.safetensors.parameters if info.safetensors else {}),
+        cache=Path(constants.HF_HUB_CACHE),
+    )
 
 
 def download(
@@ -65,7 +108,7 @@ def _snapshot(
     stop = threading.Event()
     counts: dict[int, int] = {}
 
-    class Counter(tqdm):
+    class Received(tqdm):
         """What the library takes for progress bars: of files, of bytes received and of bytes written."""
 
         def __init__(self, *args: Any, **options: Any):
@@ -89,7 +132,7 @@ def _snapshot(
                     revision=commit,
                     allow_patterns=list(patterns),
                     ignore_patterns=["*/*", *but],
-                    tqdm_class=Counter,
+                    tqdm_class=Received,
                 )
             )
         except BaseException as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from finetune_assets.artifacts import ArtifactStore
-from finetune_assets.disk import free_bytes, human_size
+from finetune_assets.base_model import announced
+from finetune_assets.disk import free_bytes, human_size, same_disk
 from finetune_assets.errors import StepFailed
 from finetune_assets.estimate import Cost, costs
 from finetune_assets.export import ollama_server
@@ -50,16 +52,32 @@ def _check_disk(
     ollama_model does not count: our own store links the weights, and a server's lies on the server's disk.
     """
     plan = make_plan(recipe, project, store, upto="gguf_file")
+    wanted = {*assets, *forced}
+    fetches = "base_model" in wanted and (plan["base_model"].artifact is None or "base_model" in forced)
+    hub = announced(recipe.model, project.root) if fetches else None
     needed: dict[str, Cost] = {}
-    for name, cost in costs(recipe, project, plan, store, also=forced).items():
+    for name, cost in costs(recipe, project, plan, store, also=forced, announced=hub).items():
         anew = any(up.asset in needed and up.asset in WEIGHTS for up in NODES[name].upstreams)
-        if name in {*assets, *forced} and (anew or plan[name].state != "maybe"):
+        if name in wanted and (anew or plan[name].state != "maybe"):
             needed[name] = cost
-    size = sum(cost.bytes or 0 for cost in needed.values()) + max((cost.scratch for cost in needed.values()), default=0)
-    if size > (free := free_bytes(project.store)):
-        parts = ", ".join(f"{name} {human_size(cost.bytes)}" for name, cost in needed.items() if cost.bytes)
+    parts = {name: cost.bytes for name, cost in needed.items() if cost.bytes}
+    scratch = max((cost.scratch for cost in needed.values()), default=0)
+    if hub is not None and hub.missing:
+        download = {"the download of base_model": hub.missing}
+        if same_disk(hub.cache, project.store):
+            parts |= download
+        else:
+            _check_room(recipe, download, 0, hub.cache, "HF_HOME")
+    _check_room(recipe, parts, scratch, project.store, "finetune gc frees what nothing needs; DAGSTER_HOME")
+
+
+def _check_room(recipe: Recipe, parts: Mapping[str, int], scratch: int, folder: Path, setting: str) -> None:
+    size = sum(parts.values()) + scratch
+    if size > (free := free_bytes(folder)):
+        meanwhile = {"files in the making": scratch} if scratch else {}
+        listed = ", ".join(f"{name} {human_size(part)}" for name, part in {**parts, **meanwhile}.items())
         raise StepFailed(
-            f"not enough disk space for {recipe.name}: about {human_size(size)} are needed ({parts}), and "
-            f"{human_size(free)} are free on the disk of {project.store}",
-            "finetune gc frees what nothing needs; DAGSTER_HOME can be a folder on a larger disk",
+            f"not enough disk space for {recipe.name}: about {human_size(size)} are needed ({listed}), and "
+            f"{human_size(free)} are free on the disk of {folder}",
+            f"{setting} can be a folder on a larger disk",
         )

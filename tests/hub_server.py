@@ -29,6 +29,7 @@ class Repository:
     commit: str
     branches: tuple[str, ...] = ("main",)
     gated: bool = False
+    parameters: dict[str, int] | None = None  # elements by dtype, as the hub counts them
 
     def files(self) -> dict[str, Path]:
         return {
@@ -139,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
         elif revision not in (repository.commit, *repository.branches):
             self._refuse(404, "RevisionNotFound")
         elif asked["call"] == "revision":
-            self._json({"id": asked["repo"], "sha": repository.commit, "tags": [], "siblings": []})
+            self._json({"id": asked["repo"], "sha": repository.commit, "tags": [], **_sizes(repository)})
         elif asked["call"] == "tree":
             self._json(
                 [
@@ -207,6 +208,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: `seen` tells the tests what was asked."""
+
+
+def _sizes(repository: Repository) -> dict[str, Any]:
+    """What the hub adds to a model's page if asked for `blobs`."""
+    files = [{"rfilename": name, "size": path.stat().st_size} for name, path in repository.files().items()]
+    counted = repository.parameters
+    return {
+        "siblings": files,
+        **({"safetensors": {"parameters": counted, "total": sum(counted.values())}} if counted else {}),
+    }
 
 
 def _etag(path: Path) -> str:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -169,11 +169,11 @@ def test_going_back_on_a_read_only_store(small: MiniProject):
         make(small, "dataset_info")
 
 
-def finetune(project: MiniProject, *arguments: str) -> subprocess.CompletedProcess[str]:
+def finetune(project: MiniProject, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     (project.root / "base").mkdir(exist_ok=True)
     return subprocess.run(
         [sys.executable, "-m", "finetune_assets.cli", *arguments],
-        env={**os.environ, "FINETUNE_PROJECT": str(project.root), "DAGSTER_HOME": str(project.home)},
+        env={**os.environ, "FINETUNE_PROJECT": str(project.root), "DAGSTER_HOME": str(project.home), **environment},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -238,3 +238,35 @@ def test_a_full_disk_under_the_cache_of_the_hub(tmp_path: Path):
         assert said.startswith(f"no space left on the disk of {cache / 'hub'} (")
         assert "set HF_HOME to a folder on a larger disk" in said
         assert not list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("cache", ["own", "shared", "small"])
+def test_a_hub_s_model_that_does_not_fit_is_not_fetched(small: MiniProject, tmp_path: Path, cache: str):
+    repository, elsewhere = tmp_path / "repository", tmp_path / "elsewhere"
+    repository.mkdir()
+    elsewhere.mkdir()
+    (repository / "config.json").write_text("{}")
+    (repository / "model.safetensors").write_bytes(bytes(2_000_000))
+    (repository / "pytorch_model.bin").write_bytes(bytes(MIB))  # not wanted
+    small.edit(model={"model_name_or_path": MODEL}, gguf={"types": ["q8_0"]})
+    home = {"own": elsewhere, "shared": small.home, "small": elsewhere}[cache] / "hf"
+    with ExitStack() as stack:
+        hub = stack.enter_context(HubServer())
+        hub.repositories[MODEL] = Repository(repository, COMMIT, parameters={"BF16": 1_000_000})
+        if cache == "small":
+            stack.enter_context(small_disk(elsewhere, "1m"))
+        done = finetune(small, "run", "mini", HF_ENDPOINT=hub.url, HF_HOME=str(home), HF_HUB_OFFLINE="0")
+        fetched = hub.fetched()
+    said, hint = done.stderr.splitlines()
+    assert done.returncode == 1 and not fetched
+    if cache == "small":
+        assert "about 2.0 MB are needed (the download of base_model 2.0 MB), and " in said
+        assert said.endswith(f" are free on the disk of {home / 'hub'}")
+        assert hint.startswith("HF_HOME")
+        return
+    # kept: base, merged, q8_0; the download where it lies on the same disk; bf16 to quantise from meanwhile
+    assert f"about {'9.1' if cache == 'shared' else '7.1'} MB are needed (raw_dataset " in said
+    assert "base_model 2.0 MB, merged_model 2.0 MB, gguf_file 1.1 MB, " in said
+    assert "files in the making 2.0 MB), and " in said
+    assert ("the download of base_model 2.0 MB" in said) == (cache == "shared")
+    assert "DAGSTER_HOME" in hint
