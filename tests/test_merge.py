@@ -14,7 +14,7 @@ import pytest
 
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import merge_blocks
-from finetune_assets.export.merge import merge
+from finetune_assets.export.merge import merge, refuse_quantised
 from tests.export_fixtures import tiny_adapter, tiny_base
 
 torch = pytest.importorskip("torch")
@@ -177,8 +177,18 @@ def test_companions_and_stop_tokens(bases: dict[str, Path], tmp_path: Path) -> N
         "model.safetensors", "config.json", "generation_config.json",
         "tokenizer.json", "chat_template.jinja", "chat.json",
     }  # fmt: skip
-    assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [2]
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize(("own", "merged"), [(None, [2]), (2, [2]), (0, [2, 0]), ([1, 2], [2, 1])])
+def test_what_ended_answers_of_the_base_still_does(
+    bases: dict[str, Path], tmp_path: Path, own: int | list[int] | None, merged: list[int]
+) -> None:
+    base = shutil.copytree(bases["tied"], tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": own, "top_p": 0.5}))
+    merge(base, tiny_adapter(base, tmp_path / "adapter"), tmp_path / "out", export_size=5, export_dtype="auto")
+    said = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert said == {"eos_token_id": merged, "top_p": 0.5}
 
 
 APART = {
@@ -204,6 +214,27 @@ def test_tied_embeddings_are_untied_where_one_was_trained(
     assert merged.config.tie_word_embeddings is False
     assert merged.lm_head.weight.data_ptr() != merged.model.embed_tokens.weight.data_ptr()
     torch.testing.assert_close(logits(merged), logits(tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_two_tensors_where_two_differ_whatever_the_configuration_says(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """transformers then trains them as two, with a warning that nobody reads."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    base = Path(shutil.copytree(bases["tied"], tmp_path / "base"))
+    stored = load(base)
+    embeddings = stored["model.embed_tokens.weight"]
+    for name, head in {"same": embeddings.clone(), "other": embeddings * 1.5}.items():
+        save_file(stored | {"lm_head.weight": head}, base / "model.safetensors", {"format": "pt"})
+        adapter = tiny_adapter(base, tmp_path / f"{name} adapter")
+        merge(base, adapter, tmp_path / name, export_size=5, export_dtype="auto")
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["tie_word_embeddings"] is (name == "same")
+        assert ("lm_head.weight" in load(tmp_path / name)) == (name == "other")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        torch.testing.assert_close(logits(merged), logits(by_peft(base, adapter)), rtol=1e-4, atol=1e-5)
 
 
 ADDED: dict[str, tuple[dict[str, Any], bool]] = {  # kind of adapter, and whether tied embeddings stay so
@@ -325,6 +356,39 @@ def test_refusals_say_why(bases: dict[str, Path], tmp_path: Path) -> None:
     huge = Path(shutil.copytree(adapter, tmp_path / "huge"))
     rewrite(huge, lambda tensor: tensor * 1e4)
     fails(StepFailed, bases["tied"], huge, "does not fit float16", export_dtype="float16")
+
+
+CONFIGURED = {
+    "gptq": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "load_in_4bit": {"quantization_config": {"load_in_4bit": True}},
+    '"bits": 4': {"quantization": {"group_size": 64, "bits": 4}},
+    "compressed-tensors": {"compression_config": {"quant_method": "compressed-tensors"}},
+    "awq": {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+}
+
+
+@pytest.mark.parametrize(("method", "said"), CONFIGURED.items(), ids=CONFIGURED)
+def test_a_base_that_says_it_is_quantised(bases: dict[str, Path], tmp_path: Path, method: str, said: Any) -> None:
+    config = json.loads((bases["tied"] / "config.json").read_text())
+    with pytest.raises(BadInput, match=f"is quantised \\(.*{method}"):
+        refuse_quantised(config | said, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("q_proj.qweight", "int32"), ("q_proj.weight", "uint8"), ("q_proj.weight", "int8"), ("q_proj.W_q", "uint8"),
+     ("q_proj.weight", "float8_e4m3fn"), ("q_proj.weight_packed", "int32"), ("experts.down_proj_blocks", "uint8")],
+)  # fmt: skip
+def test_a_base_that_is_quantised_and_does_not_say_so(tmp_path: Path, name: str, dtype: str) -> None:
+    """As AutoGPTQ wrote them, and whoever takes the configuration from another model."""
+    from safetensors.torch import save_file
+
+    rest = {"embed_tokens.weight": torch.ones(4, 4), "position_ids": torch.arange(4), "attn.bias": torch.ones(4) > 0}
+    save_file(rest, tmp_path / "model.safetensors")
+    refuse_quantised({}, tmp_path)
+    save_file(rest | {f"layers.0.{name}": torch.zeros(4, 4).to(getattr(torch, dtype))}, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=rf"is quantised \(layers\.0\.{name} is stored as "):
+        refuse_quantised({}, tmp_path)
 
 
 def rewrite(adapter: Path, change: Any) -> None:

@@ -12,10 +12,12 @@ import pytest
 
 from finetune_assets.artifacts import Artifact
 from finetune_assets.assets.merged_model import MERGED_MODEL
+from finetune_assets.chat.decoding import load_chat, load_model
 from finetune_assets.device import choose_device
 from finetune_assets.errors import StepFailed
+from finetune_assets.export.held_out import choose, logits
 from finetune_assets.export.merge import merge
-from finetune_assets.export.merge_check import LIMITS, check
+from finetune_assets.export.merge_check import CONVERSATIONS, LIMITS, LONGEST, POINTS, check
 from finetune_assets.materialise import Step
 from finetune_assets.process import launch
 from finetune_assets.recipe import ExportSection, ModelSection
@@ -62,6 +64,18 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], file: str = 
     save_file(tensors, folder / file, {"format": "pt"})
 
 
+def changed(base: Path, adapter: Path, held_out: Path) -> float:
+    """Mean KL(base + adapter || base), nats, of two models that are loaded one by one."""
+    from torch.nn.functional import kl_div
+
+    chosen = choose(held_out, load_chat(base), conversations=CONVERSATIONS, points=POINTS, longest=LONGEST)
+    after, before = (
+        torch.cat(logits(load_model(base, given, choose_device(kind="cpu")), chosen)).log_softmax(-1)
+        for given in (adapter, None)
+    )
+    return float(kl_div(before, after, log_target=True, reduction="batchmean"))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "head"])
 def test_a_right_merge_passes(base: Path, tmp_path: Path, held_out: Path, kind: str, dtype: str) -> None:
@@ -76,6 +90,7 @@ def test_a_right_merge_passes(base: Path, tmp_path: Path, held_out: Path, kind: 
     stored = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     assert found["difference"] < found["allowed"] == LIMITS[stored]
     assert found["effect"] > found["allowed"]
+    assert found["kl_from_base"] == pytest.approx(changed(base, adapter, held_out), rel=0.01)
     assert found["places"] > 0
     assert found["weights_compared"] >= 19
 
@@ -124,6 +139,25 @@ def test_a_copied_weight_that_changed_on_the_way(base: Path, tmp_path: Path, hel
     out = merged(base, adapter, tmp_path / "out")
     rewrite(out, lambda tensors: tensors["model.layers.0.input_layernorm.weight"][3:4].mul_(1.00001))
     with pytest.raises(StepFailed, match=r"check weights: model\.layers\.0\.input_layernorm\.weight"):
+        compare(base, adapter, out, held_out)
+
+
+def test_an_expert_that_is_another_s(tmp_path: Path, held_out: Path) -> None:
+    """transformers holds the experts of a layer in one tensor; files have one each."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = MixtralConfig(**shape, num_attention_heads=4, num_key_value_heads=2, num_local_experts=8)
+    base = tmp_path / "base"
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(base)
+    tiny_tokenizer(base)
+    adapter = tiny_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "o_proj"])
+    out = merged(base, adapter, tmp_path / "out")
+    found = compare(base, adapter, out, held_out)
+    assert found["weights_compared"] == 8 * 3 + 4 + 2 + 3 + 1, "experts, attention, norms, embeddings, the router"
+    expert = "model.layers.0.block_sparse_moe.experts.{}.w3.weight"
+    rewrite(out, lambda tensors: tensors.update({expert.format(5): tensors[expert.format(4)].clone()}))
+    with pytest.raises(StepFailed, match=r"check weights: model\.layers\.0\.block_sparse_moe\.experts\.5\.w3"):
         compare(base, adapter, out, held_out)
 
 

@@ -82,6 +82,22 @@ def test_a_tokenizer_that_the_converter_does_not_know(trainable: MiniProject) ->
     refused(trainable, StepFailed, "does not know the tokenizer", "(hash ", f"{converter.PACKAGE}=={converter.VERSION}")
 
 
+def test_what_the_pinned_converter_knows_and_an_older_one_does_not(
+    trainable: MiniProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = tmp_path / "older"
+    older.mkdir()
+    words = "ERROR:hf-to-gguf:Model LlamaForCausalLM is not supported"  # as the real one says in the tests above
+    (older / converter.SCRIPT).write_text(f"raise SystemExit({words!r})\n")
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(older))
+    with pytest.raises(StepFailed, match=r"\(llama.cpp checkout .*\) does not know .* LlamaForCausalLM") as caught:
+        check_exportable(trainable.root / "base", "tiny", trainable.cache, lambda event: None)
+    assert (
+        caught.value.hint
+        == f"llama.cpp b10605 ({converter.PACKAGE}=={converter.VERSION}) knows it: unset LLAMA_CPP_DIR to use that"
+    )
+
+
 def test_a_quantised_base(trainable: MiniProject) -> None:
     quantised = {"quantization_config": {"quant_method": "gptq"}}
     edit(trainable.root / "base" / "config.json", lambda config: config.update(quantised))

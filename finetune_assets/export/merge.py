@@ -19,8 +19,17 @@ from typing import Any, Literal
 
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.merge_blocks import Origin, Update, write_shards
+from finetune_assets.export.merge_with_peft import BESIDE, merge_with_peft
 from finetune_assets.export.model_card import read_card, write_card
-from finetune_assets.export.shards import FLOATS, Checkpoint, Spec, in_file_order, plan_shards, write_index
+from finetune_assets.export.shards import (
+    FLOATS,
+    Checkpoint,
+    Spec,
+    in_file_order,
+    plan_shards,
+    quantised_tensor,
+    write_index,
+)
 
 ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Progress = Callable[[dict[str, Any]], None]
@@ -32,6 +41,8 @@ UNDERSTOOD = {
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "megatron_core",
     "qalora_group_size", "bias", "init_lora_weights",
 }  # fmt: skip
+# Where a configuration says how its weights were quantised: Hugging Face's, compressed-tensors' of old, MLX's.
+QUANTISED = ("quantization_config", "compression_config", "quantization")
 FROM_BASE = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 FROM_ADAPTER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
@@ -39,8 +50,7 @@ FROM_ADAPTER = (
 )  # fmt: skip
 PREFIX = "base_model.model."  # of an adapter's tensors
 HEAD = "lm_head.weight"
-# What PEFT writes into an adapter beside the tensors that it reads, once tokens were added to the base model.
-BESIDE = re.compile(r"\.(modules_to_save|original_module|token_adapter)\.")
+PEFT_DEFAULT = 8  # of r and of lora_alpha
 
 
 class NeedsPeft(Exception):
@@ -65,6 +75,7 @@ def merge(
     export_size: float,
     export_dtype: ExportDtype,
     device: str = "cpu",
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `base` with `adapter` merged into it as a Hugging Face folder to `out`.
@@ -72,6 +83,7 @@ def merge(
     Args:
         export_size: largest shard, in GB (10^9 bytes).
         export_dtype: dtype of the floating-point weights; "auto" keeps each tensor's own.
+        trust_remote_code: run the base's own code, where PEFT does the work.
         device: torch's name of where to compute; elsewhere than on the CPU sums may be rounded otherwise.
         progress: called with {"event": "step", "step": tensors written, "steps": all of them}.
 
@@ -91,20 +103,29 @@ def merge(
     try:
         report = _stream(base, adapter, out, config, adapter_config, export_size, export_dtype, device, progress)
     except NeedsPeft as reason:
-        done = _merge_with_peft(base, adapter, out, export_size, export_dtype, device)
+        done = merge_with_peft(
+            base, adapter, adapter_config, out,
+            export_size=export_size, export_dtype=export_dtype, device=device, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         report = {"method": "peft", "reason": str(reason)} | done
     _copy_companions(base, adapter, out, config, report.pop("tied"), export_dtype)
     return report | {"seconds": round(time.perf_counter() - started, 3)}
 
 
 def refuse_quantised(config: dict[str, Any], base: Path) -> None:
-    """BadInput for a base model whose weights are not the real ones any more."""
-    if quantised := config.get("quantization_config"):
-        method = quantised.get("quant_method", "unknown method") if isinstance(quantised, dict) else quantised
-        raise BadInput(
-            f"{base} is quantised ({method}): an adapter merged into rounded weights is not the model that was trained",
-            "train and merge with the unquantised base model; quantise afterwards (gguf.types)",
-        )
+    """BadInput for a base model whose weights are not the real ones any more, by its configuration or by its files."""
+    parts = (config, config.get("text_config") or {})
+    said = next((part[key] for part in parts for key in QUANTISED if part.get(key)), None)
+    if said is not None:
+        method = (said.get("quant_method") if isinstance(said, dict) else None) or json.dumps(said)
+    elif (stored := quantised_tensor(base)) is not None:
+        method = f"{stored.name} is stored as {stored.dtype}"
+    else:
+        return
+    raise BadInput(
+        f"{base} is quantised ({method}): an adapter merged into rounded weights is not the model that was trained",
+        "train and merge with the unquantised base model; quantise afterwards (gguf.types)",
+    )
 
 
 def _stream(
@@ -181,7 +202,8 @@ def _check_understood(adapter_config: dict[str, Any]) -> None:
 
 def _plan(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter_config: dict[str, Any]) -> Plan:
     source = {name: name for name in weights}
-    tied, embeddings = _tied(weights, config), _embeddings(weights)
+    embeddings = _embeddings(weights)
+    tied = _tied(weights, config, embeddings)
     trained = {name.removeprefix(PREFIX): name for name in lora}
     trained = {short: name for short, name in trained.items() if BESIDE.sub(".", short) not in trained.keys() - {short}}
     if tied and embeddings is not None:
@@ -228,10 +250,12 @@ def _embeddings(weights: Checkpoint) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _tied(weights: Checkpoint, config: dict[str, Any]) -> bool:
-    """Whether output and input embeddings are one tensor."""
+def _tied(weights: Checkpoint, config: dict[str, Any], embeddings: str | None) -> bool:
+    """Whether output and input embeddings are one tensor; two that are stored and differ are not, whatever is said."""
     said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
-    return HEAD not in weights if said is None else bool(said)
+    if HEAD not in weights:
+        return said is None or bool(said)
+    return bool(said) and (embeddings is None or _equal(weights, embeddings, HEAD))
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -241,13 +265,13 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _scale(module: str, config: dict[str, Any], rank: int, folder: Path) -> float:
-    expected = _pattern(config.get("rank_pattern"), module, config["r"])
+    expected = _pattern(config.get("rank_pattern"), module, config.get("r", PEFT_DEFAULT))
     if rank != expected:
         raise BadInput(
             f"{folder}: the adapter of {module} has rank {rank}, adapter_config.json says {expected}",
             "adapter_config.json and adapter_model.safetensors belong to different adapters",
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", PEFT_DEFAULT))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
@@ -297,38 +321,6 @@ def _spec(plan: Plan, weights: Checkpoint, name: str, export_dtype: ExportDtype)
     return Spec(name, dtype, stored.shape)
 
 
-def _merge_with_peft(
-    base: Path, adapter: Path, out: Path, export_size: float, export_dtype: ExportDtype, device: str
-) -> dict[str, Any]:
-    import torch
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
-
-    dtype = "auto" if export_dtype == "auto" else getattr(torch, export_dtype)
-    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, local_files_only=True)
-    peft_config = PeftConfig.from_pretrained(str(adapter))
-    try:
-        tuned = PeftModel(model, peft_config)
-        loaded = tuned.load_adapter(str(adapter), "default", use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise BadInput(
-            f"PEFT cannot put {adapter} on {base}: {str(error).strip().splitlines()[0]}",
-            "the adapter was trained on another base model",
-        ) from error
-    if strange := [name for name in loaded.unexpected_keys if not BESIDE.search(name)]:
-        raise BadInput(
-            f"{base} has no place for {strange[0]} of {adapter}",
-            "the adapter was trained on another base model",
-        )
-    merged: Any = tuned.to(device).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(out, max_shard_size=int(export_size * 1e9))
-    files = sorted(path.name for path in out.glob("model*.safetensors"))
-    with Checkpoint(out) as written:
-        tensors = len(list(written))
-    size = sum((out / file).stat().st_size for file in files)
-    return {"tensors": tensors, "merged": None, "replaced": [], "shards": files, "bytes": size, "tied": None}
-
-
 def _copy_companions(
     base: Path, adapter: Path, out: Path, config: dict[str, Any], tied: bool | None, export_dtype: ExportDtype
 ) -> None:
@@ -349,7 +341,8 @@ def _copy_companions(
     stop = read_json(chat_file).get("stop_token_ids", []) if chat_file.is_file() else []
     if stop:
         config = config | {"eos_token_id": stop[0]}
-        generation["eos_token_id"] = stop
+        own = generation.get("eos_token_id") or []  # of the base: it may have more tokens that end an answer
+        generation["eos_token_id"] = list(dict.fromkeys([*stop, *(own if isinstance(own, list) else [own])]))
     write_card(out, read_card(base), "A base model and an adapter, merged. Licence and languages are the base model's.")
     _write_json(out / "config.json", config)
     if generation:
@@ -366,6 +359,8 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise StepFailed(f"{path} is no JSON: {error}", "make or fetch it again") from error
+    if not isinstance(value, dict):
+        raise StepFailed(f"{path} is no JSON object", "make or fetch it again")
     return value
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,8 @@ def check(
 
     Returns:
         difference: distance of the logits (see `LIMITS`); allowed: the largest that passes; effect: the distance that
-        the adapter makes, for comparison; weights_compared: tensors; places: points; precision and device of the
+        the adapter makes, for comparison; kl_from_base: the same as mean KL(base + adapter || base), nats;
+        weights_compared: tensors; places: points; precision and device of the
         computation.
 
     Raises:
@@ -76,7 +78,8 @@ def check(
     model = load_model(base, adapter, device, trust_remote_code=trust_remote_code)
     tuned = says(model)
     with model.disable_adapter():
-        effect = _distance(says(model), tuned)
+        before = says(model)
+    effect, moved = _distance(before, tuned), _divergence(tuned, before)
     with Checkpoint(merged) as checkpoint:
         compared, failures = _weights(model.merge_and_unload(), checkpoint)
         stored = {checkpoint.spec(name).dtype for name in checkpoint}
@@ -99,6 +102,7 @@ def check(
         "difference": float(f"{difference:.3g}"),
         "allowed": allowed,
         "effect": float(f"{effect:.3g}"),
+        "kl_from_base": float(f"{moved:.3g}"),
         "weights_compared": compared,
         "places": len(tuned),
         "precision": device.precision,
@@ -110,24 +114,39 @@ def _distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((ours - wanted).norm() / wanted.norm())
 
 
+def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Mean KL(ours || theirs) of the next token, nats, from logits. Shape of each (points, vocabulary)."""
+    mine, other = (told.double().log_softmax(-1) for told in (ours, theirs))
+    return float((mine.exp() * (mine - other)).sum(-1).mean())
+
+
 def _weights(model: Any, checkpoint: Checkpoint) -> tuple[int, list[Failure]]:
     """How many tensors of the merged files were compared with PEFT's, and the one that is furthest off, if one is."""
-    held = dict(model.state_dict())
-    names: dict[int, list[str]] = {}  # of one tensor: tied embeddings have two
-    for name, tensor in held.items():
-        names.setdefault(tensor.data_ptr(), []).append(name)
     compared, worst, found = 0, 1.0, []
-    for name in checkpoint:
-        wanted = held.get(name)
-        if wanted is None or tuple(wanted.shape) != checkpoint.spec(name).shape:
-            continue  # transformers holds it in another form, such as the experts of a layer in one
-        if len(same := names[wanted.data_ptr()]) > 1 and all(other in checkpoint for other in same):
-            continue  # one tensor in PEFT's merge, which cannot hold two; rightly two in ours
-        compared += 1
-        if (off := _off(checkpoint.tensor(name).to(wanted.device), wanted)) > worst or math.isnan(off):
-            worst = off
-            found = [Failure("weights", f"{name} is {off:.3g} times as far off as rounding explains", "1")]
+    for held in _as_in_files(model):
+        names: dict[int, list[str]] = {}  # of one tensor: tied embeddings have two
+        for name, tensor in held.items():
+            names.setdefault(tensor.data_ptr(), []).append(name)
+        for name, wanted in held.items():
+            if name not in checkpoint or tuple(wanted.shape) != checkpoint.spec(name).shape:
+                continue
+            if len(same := names[wanted.data_ptr()]) > 1 and all(other in checkpoint for other in same):
+                continue  # one tensor in PEFT's merge, which cannot hold two; rightly two in ours
+            compared += 1
+            if (off := _off(checkpoint.tensor(name).to(wanted.device), wanted)) > worst or math.isnan(off):
+                worst = off
+                found = [Failure("weights", f"{name} is {off:.3g} times as far off as rounding explains", "1")]
     return compared, found
+
+
+def _as_in_files(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's tensors as files name and cut them (experts, say); some are copies, so it is a layer at a time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        layers.setdefault(re.findall(r"^\D*\d+\.|^", name)[0], {})[name] = tensor
+    return (revert_weight_conversion(model, layer) for layer in layers.values())
 
 
 def _off(ours: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ BYTES_OF = {  # in the order in which safetensors lays types out
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # what weights, and masks beside them, have where they are not quantised
+WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ's name; that of MXFP4's experts
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -96,16 +99,16 @@ class Checkpoint:
     def _index(self, single: str) -> dict[str, str]:
         if (self.folder / single).is_file():
             return dict.fromkeys(self._handle(single).keys(), single)
-        index = self.folder / INDEX
-        if not index.is_file():
+        if (file_of := read_index(self.folder, str(self.folder))) is None:
             raise StepFailed(
                 f"{self.folder} has no {single} (nor an index of shards)",
                 "weights are read from safetensors only; convert other formats with save_pretrained first",
             )
-        file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
         held = {file: set(self._handle(file).keys()) for file in sorted(set(file_of.values()))}
         if lost := [name for name, file in file_of.items() if name not in held[file]]:
-            raise StepFailed(f"{index}: tensor {lost[0]!r} is not in {file_of[lost[0]]}", "fetch the model again")
+            raise StepFailed(
+                f"{self.folder / INDEX}: tensor {lost[0]!r} is not in {file_of[lost[0]]}", "fetch the model again"
+            )
         return file_of
 
     def _handle(self, file: str) -> Any:
@@ -119,6 +122,32 @@ class Checkpoint:
         return self._handles[file]
 
 
+def read_index(folder: Path, called: str) -> dict[str, str] | None:
+    """Tensor -> the file beside the index that holds it; None where the folder has no index of shards.
+
+    Args:
+        called: what the folder is called when it is spoken of.
+
+    Raises:
+        StepFailed: the index is damaged, or names a file that is missing or lies elsewhere.
+    """
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        file_of: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        outside = [file for file in file_of.values() if Path(file).name != file]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error!r})", "fetch or make it again") from error
+    if outside:
+        raise StepFailed(
+            f"{called}: {INDEX} names {outside[0]}, which is no file beside it",
+            "put the shards into the model's folder, and their plain names into the index",
+        )
+    if missing := sorted(file for file in set(file_of.values()) if not (folder / file).is_file()):
+        raise StepFailed(f"{called} is incomplete: {INDEX} names {missing[0]}, which is not there", "fetch it again")
+    return file_of
+
+
 def stored_types(folder: Path) -> set[str]:
     """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
     types: set[str] = set()
@@ -127,11 +156,26 @@ def stored_types(folder: Path) -> set[str]:
     return types
 
 
+def quantised_tensor(folder: Path) -> Spec | None:
+    """A weight in a Hugging Face folder that is stored in no type of its own, from the heads of its files; None: none.
+
+    Whole numbers that are no weights, such as positions and masks, belong to many models.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in _entries(file)[1].items():
+            if entry["dtype"] not in WHOLE and WEIGHT.search(name):
+                return Spec(name, entry["dtype"], tuple(entry["shape"]))
+    return None
+
+
 def _entries(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Where a file's data begin, and what its head says of each tensor."""
     with file.open("rb") as data:
         size = int.from_bytes(data.read(8), "little")
-        entries = json.loads(data.read(size))
+        try:
+            entries = json.loads(data.read(min(size, file.stat().st_size)))
+        except ValueError as error:
+            raise StepFailed(f"{file} cannot be read: no safetensors ({error})", "fetch or make it again") from error
     entries.pop("__metadata__", None)
     return 8 + size, entries
 

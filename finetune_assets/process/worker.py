@@ -86,6 +86,7 @@ def merge(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         ExportSection.model_validate(job["export"]),
         choose_device(False, False, job.get("device", "auto")),
     )
+    trust = ModelSection.model_validate(job["model"]).trust_remote_code
     report = merge.merge(
         base,
         adapter,
@@ -93,9 +94,9 @@ def merge(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         export_size=section.export_size,
         export_dtype=section.export_dtype,
         device="cpu" if section.export_device == "cpu" else device.kind,
+        trust_remote_code=trust,
         progress=progress,
     )
-    trust = ModelSection.model_validate(job["model"]).trust_remote_code
     held_out = Path(job["held_out"])
     check = merge_check.check(base, adapter, out, held_out, device, trust_remote_code=trust, progress=progress)
     return {**report, "check": check}
