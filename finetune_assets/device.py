@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from finetune_assets.cores import cores
 from finetune_assets.errors import StepFailed
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def choose_device(bf16: bool | None = None, fp16: bool | None = None, kind: str 
         mps_can: list[Precision] = ["bf16", "fp32"] if modern else ["fp32"]
         name = f"Apple {platform.machine()} GPU"
         return Device("mps", _precision("mps", name, mps_can, ["fp32"], bf16, fp16), name, main_memory_gib())
-    name = f"{platform.processor() or platform.machine()} CPU, {os.cpu_count()} cores"
+    name = f"{platform.processor() or platform.machine()} CPU, {cores()} cores"
     # Most CPUs compute bf16 by conversion, several times slower than fp32: only where it is asked for.
     return Device("cpu", _precision("cpu", name, ["bf16", "fp32"], ["fp32"], bf16, fp16), name, main_memory_gib())
 

@@ -168,6 +168,9 @@ def test_a_template_that_refuses_a_role_is_explained() -> None:
     with pytest.raises(BadInput, match="no system role here") as caught:
         encode_row(tiny_tokenizer(strict), chat("a", "b"), default_system="x")
     assert "default_system" in str(caught.value.hint)
+    for_parts = "{% for message in messages %}{{ message['content'] + none }}{% endfor %}"
+    with pytest.raises(BadInput, match="refuses a conversation with the roles user, assistant: can only concatenate"):
+        encode_row(tiny_tokenizer(for_parts), chat("a", "b"))
 
 
 def test_names_resolve() -> None:

@@ -163,7 +163,8 @@ def test_a_gguf_file_answers_quietly_behind_a_key(
         answer(engine, [{"role": "user", "content": "word " * 300}])
     address = engine._server.listening_address
     assert address.startswith("http://127.0.0.1:")
-    with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{address}/v1/models", timeout=5)
+    for path in ("/v1/models", "/metrics"):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(address + path, timeout=5)
     engine.close()
     assert capfd.readouterr() == ("", "")

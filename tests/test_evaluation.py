@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from finetune_assets.chat.decoding import Chat, load_chat, load_model
 from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row
 from finetune_assets.device import Device, choose_device
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.evaluation import generate as generating
 from finetune_assets.evaluation import perplexity
 from finetune_assets.evaluation.generate import Answer, generate
@@ -223,6 +224,30 @@ def test_only_safetensors_adapters_are_loaded(base: Path, adapter: Path, cpu: De
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(StepFailed, match=r"no adapter_model\.safetensors"):
         load_model(base, tmp_path, cpu)
+
+
+def test_weights_that_are_not_in_the_files_are_not_made_up(base: Path, cpu: Device, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight"))
+    save_file({name: weight for name, weight in weights.items() if name != lost}, folder / "model.safetensors")
+    with pytest.raises(StepFailed, match=rf"no weights for {lost} \(1 missing in all\)"):
+        load_model(folder, None, cpu)
+
+
+def test_a_base_without_a_template_of_its_own(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(BadInput, match=r"has no chat template"):
+        load_chat(folder)
+    assert "<|im_start|>" in str(load_chat(folder, template="chatml").tokenizer.chat_template)
+    own = load_chat(base).tokenizer.chat_template
+    assert load_chat(base, template="llama3").tokenizer.chat_template == own
 
 
 def test_a_folder_without_a_model(cpu: Device, tmp_path: Path) -> None:

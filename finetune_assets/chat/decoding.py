@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.errors import StepFailed
 
 if TYPE_CHECKING:
@@ -38,26 +39,27 @@ class Chat:
     stop_token_ids: list[int]
 
 
-def load_chat(folder: Path, *, trust_remote_code: bool = False) -> Chat:
+def load_chat(folder: Path, *, template: str = "auto", trust_remote_code: bool = False) -> Chat:
     """Tokenizer and chat settings of a base model, adapter or merged model folder.
 
     chat.json decides where there is one; a base model without it is talked to by its tokenizer's own template.
+
+    Args:
+        template: for a base model that has none of its own (see `chat.template.resolve_template`).
 
     Raises:
         StepFailed: no tokenizer in the folder, or a chat.json that is not readable.
         BadInput: no chat template anywhere.
     """
-    from transformers import AutoTokenizer
-
     from finetune_assets.chat.template import resolve_template, stop_tokens
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise StepFailed(f"{folder}: no tokenizer can be loaded from there: {error}", _MAKE_AGAIN) from error
     path = folder / "chat.json"
     if not path.is_file():
-        tokenizer.chat_template = resolve_template("auto", tokenizer)
+        tokenizer.chat_template = resolve_template("auto" if tokenizer.chat_template else template, tokenizer)
         return Chat(tokenizer, None, stop_tokens(tokenizer, tokenizer.chat_template))
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -67,26 +69,46 @@ def load_chat(folder: Path, *, trust_remote_code: bool = False) -> Chat:
         raise StepFailed(f"{path}: not the chat settings of a trained model: {error!r}", _MAKE_AGAIN) from error
 
 
-def load_model(base: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False) -> Any:
-    """The model on the device, ready to answer; a `PeftModel` if there is an adapter. Weights from safetensors only.
+def load_network(folder: Path, dtype: Any, *, trust_remote_code: bool = False) -> Any:
+    """The language model of a Hugging Face folder, from safetensors only.
+
+    Args:
+        dtype: a torch.dtype, or "auto" for that of the configuration.
 
     Raises:
-        StepFailed: base or adapter cannot be loaded.
+        StepFailed: it cannot be loaded, or files lack weights: transformers would make up random ones.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours tell the progress
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=device.dtype,
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise StepFailed(f"{base}: the model cannot be loaded: {error}", _MAKE_AGAIN) from error
+        raise StepFailed(f"{folder}: the model cannot be loaded: {error}", _MAKE_AGAIN) from error
+    network, loaded = both
+    if missing := sorted(loaded["missing_keys"]):
+        raise StepFailed(
+            f"{folder}: its files have no weights for {missing[0]} ({len(missing)} missing in all)",
+            "they do not belong to its config.json, or are of another kind of model than a causal language model",
+        )
+    return network
+
+
+def load_model(base: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False) -> Any:
+    """The model on the device, ready to answer; a `PeftModel` if there is an adapter. Weights from safetensors only.
+
+    Raises:
+        StepFailed: base or adapter cannot be loaded.
+    """
+    model: Any = load_network(base, device.dtype, trust_remote_code=trust_remote_code)
     if adapter is not None:
         from peft import PeftModel
 

@@ -6,7 +6,6 @@ All engines answer greedily, so that what differs between two of them is the mod
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 from finetune_assets.chat.decoding import context_length, greedy_steps, load_chat, load_model
 from finetune_assets.chat.template import encode_prompt
+from finetune_assets.cores import cores
 from finetune_assets.errors import StepFailed
 
 if TYPE_CHECKING:
@@ -55,12 +55,24 @@ def answer(engine: Engine, messages: Messages, max_new_tokens: int = 128) -> str
 
 
 class TransformersEngine:
-    """A Hugging Face folder (base or merged model), with an adapter on it if one is given."""
+    """A Hugging Face folder (base or merged model), with an adapter on it if one is given.
 
-    def __init__(self, folder: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False):
+    Args:
+        template: the chat template of a base model that has none of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        adapter: Path | None,
+        device: Device,
+        *,
+        template: str = "auto",
+        trust_remote_code: bool = False,
+    ):
         self.name = f"{folder.name} + {adapter.name}" if adapter else folder.name
         self.speed: float | None = None
-        self._chat = load_chat(adapter or folder, trust_remote_code=trust_remote_code)
+        self._chat = load_chat(adapter or folder, template=template, trust_remote_code=trust_remote_code)
         self._model: Any = load_model(folder, adapter, device, trust_remote_code=trust_remote_code)
 
     @property
@@ -125,7 +137,7 @@ class GgufEngine:
         params.model.path = str(path)
         params.n_ctx = num_ctx
         params.n_parallel = 1
-        params.cpuparams.n_threads = _cores()
+        params.cpuparams.n_threads = cores()
         params.verbosity = -1  # nothing on stderr
         params.warmup = False
         params.hostnames = ["127.0.0.1"]
@@ -134,6 +146,7 @@ class GgufEngine:
         params.api_keys = [self._key]
         params.ui = False
         params.endpoint_slots = False
+        params.endpoint_metrics = True
         params.cache_ram_mib = 0  # else up to 8 GiB of earlier prompts
         params.force_pure_content_parser = True  # the model's words as they are, no tool calls picked out of them
         try:
@@ -143,6 +156,8 @@ class GgufEngine:
                 f"{path}: llama.cpp cannot load this file",
                 "it may be damaged, too large for the memory, or of an architecture that this llama.cpp does not know",
             ) from error
+        # An answer from its loop: a server that is let go before that has begun waits for it for ever.
+        self._server.handle_metrics()
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
         """See `Engine.stream`."""
@@ -195,7 +210,7 @@ def _piece(event: dict[str, Any] | Exception) -> Iterator[str]:
         raise StepFailed(f"llama.cpp gave no answer: {event}") from event
     if error := event.get("error"):
         if error.get("type") == "exceed_context_size_error":
-            raise _too_long(error["n_prompt_tokens"], error["n_ctx"])
+            raise _too_long(error["n_prompt_tokens"], error["n_ctx"], ", or raise ollama.num_ctx in the recipe")
         raise StepFailed(f"llama.cpp gave no answer: {error.get('message', error)}")
     for choice in event.get("choices", []):
         if text := choice["delta"].get("content"):
@@ -258,15 +273,8 @@ def is_loopback(url: str) -> bool:
     return host in ("localhost", "::1", "0.0.0.0", "") or host.startswith("127.")
 
 
-def _too_long(tokens: int, room: int) -> StepFailed:
+def _too_long(tokens: int, room: int, remedy: str = "") -> StepFailed:
     return StepFailed(
         f"the conversation is {tokens} tokens long, and the model's context holds {room}",
-        "start a new conversation, or raise the context window (ollama.num_ctx in the recipe)",
+        f"start a new conversation{remedy}",
     )
-
-
-def _cores() -> int:
-    """Cores that this process may use: more threads than that slow each other down."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

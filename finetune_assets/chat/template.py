@@ -251,7 +251,7 @@ def _render(
         rendered = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], chat_template=template, add_generation_prompt=prompt, tokenize=False
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # TypeError: it takes messages to be of another form
         roles = ", ".join(turn["role"] for turn in turns)
         raise BadInput(
             f"the chat template refuses a conversation with the roles {roles}: {error}",

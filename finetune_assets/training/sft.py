@@ -15,7 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.chat.decoding import load_network
 from finetune_assets.chat.template import chat_settings, resolve_template
+from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.device import Device
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.recipe import ModelSection, TrainSection, did_you_mean
@@ -57,10 +59,8 @@ def train(
         BadInput: rows or settings do not fit the base model, or nothing is left to learn.
         StepFailed: out of memory, or the loss became infinite.
     """
-    from transformers import AutoTokenizer
-
     progress({"event": "message", "text": f"loading the base model on {device.name} in {device.precision}"})
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=model.trust_remote_code)
+    tokenizer = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     tokenizer.chat_template = resolve_template(model.template, tokenizer)
     data = encode_file(rows, tokenizer, train, model)
     if not data.rows:
@@ -91,13 +91,10 @@ def _run(
 ) -> dict[str, Any]:
     """`train` once the rows are encoded."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
-    network = AutoModelForCausalLM.from_pretrained(
-        base, dtype=device.dtype, trust_remote_code=model.trust_remote_code, use_safetensors=True
-    )
+    network = load_network(base, device.dtype, trust_remote_code=model.trust_remote_code)
     arguments = trainer_arguments(train, device, out, evaluate=bool(held.rows))
     log = Log(progress, 0 if train.max_steps > 0 else round(data.tokens * train.num_train_epochs))
     trainer = SFTTrainer(

@@ -1,0 +1,34 @@
+"""A model folder's tokenizer, cutting text up as the folder's own tokenizer.json says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder.
+
+    For some classes (Llama's, so that of Llama 2, TinyLlama, Zephyr) transformers 5 takes from tokenizer.json the
+    vocabulary and merges only, and puts spaces in other places than the file says, which is what such a model was
+    trained with and what llama.cpp does: after a special token it leaves out the one that begins the next word. Where
+    the two differ, the file decides.
+
+    Raises:
+        OSError, ValueError: no tokenizer can be loaded from there.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    file = folder / "tokenizer.json"
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or not file.is_file():
+        return tokenizer
+    text = f"{tokenizer.eos_token or ''}\nHorse  {tokenizer.eos_token or ''}[Zebra"
+    own = Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False).ids
+    if tokenizer(text, add_special_tokens=False)["input_ids"] == own:
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
