@@ -18,13 +18,15 @@ from pathlib import Path
 from unittest import mock
 
 from finetune_assets.artifacts import Artifact
+from finetune_assets.cores import cores
 from finetune_assets.device import choose_device
 from finetune_assets.digests import DigestCache, digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import merge_check, ollama_create, ollama_store
 from finetune_assets.export.converter import convert
+from finetune_assets.export.exact_checks import check_file
 from finetune_assets.export.expected import expected
-from finetune_assets.export.gguf_file import FILE_TYPES
+from finetune_assets.export.gguf_file import FILE_TYPES, read_head
 from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_checks import in_store
 from finetune_assets.export.ollama_process import find_binary, serving
@@ -35,7 +37,17 @@ from finetune_assets.export.serving import recorded
 from finetune_assets.plan import open_store
 from finetune_assets.project import Project
 from tests import corruptions
-from tests.corruptions import GGUF_HARMS, LOUD_HARMS, MERGED_HARMS, NASTY, PUBLISHED_HARMS, flip, named, served_harms
+from tests.corruptions import (
+    GGUF_HARMS,
+    LOUD_HARMS,
+    MERGED_HARMS,
+    NASTY,
+    PUBLISHED_HARMS,
+    WORD_HARMS,
+    flip,
+    named,
+    served_harms,
+)
 
 HEAD = """# The corruption battery
 
@@ -119,11 +131,11 @@ def merged_weights(base: Path, adapter: Path, merged: Path, held_out: Path, fold
 
 def gguf_file(good: Path, kind: str, reference: Reference, folder: Path) -> None:
     digest = digest_of_file(good)
-    for harm in GGUF_HARMS:
+    for harm in (*GGUF_HARMS, *(WORD_HARMS if read_head(good).get("tokenizer.ggml.model") == "gpt2" else ())):
         with copied(good, folder) as broken:
             harm.strike(broken)
-            figures, failures = examine(broken, reference, sha256=digest)
-            failures += judge(kind, figures, {}) if figures else []
+            figures, failures = examine(broken, reference)
+            failures = [*check_file(broken, digest)[1], *failures, *(judge(kind, figures, {}) if figures else [])]
             said: dict[str, str] = {}
             for failure in failures:
                 words = f"{failure.measured}, allowed: {failure.allowed}".replace(str(folder) + "/", "")
@@ -209,10 +221,6 @@ def all_types(files: dict[str, Path], reference: Reference) -> None:
         row(kind, size, f"{figures.kl:.2g}", limit, verdict, *shares)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(recipe: str) -> None:
     project = Project.find()
     store = open_store(project)
@@ -248,7 +256,7 @@ def main(recipe: str) -> None:
         print(LIMITS)
         (folder / "harmed").mkdir()
         distributions(files, reference, folder / "harmed")
-        print(TYPES.format(points=len(reference.points), cores=_cores()))
+        print(TYPES.format(points=len(reference.points), cores=cores()))
         all_types(files, reference)
 
 

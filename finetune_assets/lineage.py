@@ -69,7 +69,7 @@ NODES: dict[str, Node] = {
         Node(
             "base_model",
             reads=("model.model_name_or_path", "model.model_revision", "model.model_sha256", "model.trust_remote_code"),
-            code_version="2",
+            code_version="3",
         ),
         Node(
             "lora_adapter",
@@ -78,6 +78,7 @@ NODES: dict[str, Node] = {
             # torch: random numbers and the optimiser; transformers: batches, schedule and the model's code; trl: the
             # loss, and every setting that we leave alone; peft: what an adapter starts as and how it is scaled
             tools=lambda: _minor("torch", "transformers", "peft", "trl"),
+            code_version="2",
         ),
         Node(
             "eval_metrics",
@@ -101,7 +102,7 @@ NODES: dict[str, Node] = {
                 Upstream("base_model"),
                 Upstream("lora_adapter"),
             ),
-            code_version="2",
+            code_version="3",
         ),
         Node(
             "gguf_file",
@@ -114,14 +115,14 @@ NODES: dict[str, Node] = {
             ),
             # the converter lays out tensors and metadata, llama.cpp (xllamacpp) rounds and computes
             tools=lambda: {"converter": converter_version(), **_exactly("xllamacpp")},
-            code_version="4",
+            code_version="5",
         ),
         # what the server makes of it has a digest, which the plan asks for
         Node(
             "ollama_model",
             reads=("ollama", "model.default_system"),
             upstreams=(Upstream("gguf_file", lambda recipe: tuple(dict.fromkeys(recipe.served.values()))),),
-            code_version="2",
+            code_version="3",
         ),
     )
 }

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_assets.export.ollama_process import find_binary, serving
+from finetune_assets.export.parity import near_the_base
 from finetune_assets.lineage import NODES
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 
@@ -115,6 +116,19 @@ def test_a_gguf_type_more_makes_that_file_only(chain: Chain):
     assert chain.run() == []
     current = chain.json("explain", "mini/gguf_file")["ancestry"][0]
     assert current["fingerprint"] == before["fingerprint"], "back at earlier values, the earlier one is the current one"
+
+
+def test_rounding_is_held_against_what_training_changed(chain: Chain):
+    merged, gguf = (
+        json.loads((Path(chain.artifact(name)["path"]) / "manifest.json").read_text())["metrics"]
+        for name in ("merged_model", "gguf_file")
+    )
+    changed = gguf["kl_from_base"]
+    assert changed == merged["check"]["kl_from_base"] > 0
+    warned = [kind for kind, entry in gguf["types"].items() if entry["kl"] > changed / 2]
+    said = near_the_base({kind: entry["kl"] for kind, entry in gguf["types"].items()}, changed)
+    assert [text.partition(":")[0] for text in said] == warned
+    assert len(near_the_base({"f16": changed * 0.4, "q4_0": changed * 0.6}, changed)) == 1
 
 
 def test_a_gguf_file_too_far_from_the_merged_model_is_not_published(chain: Chain):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -13,7 +15,7 @@ from finetune_assets import packaged
 from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import converter
-from finetune_assets.export.gguf_file import read_head
+from finetune_assets.export.gguf_file import ARRAY, STRING, UINT32, Head, Tensor, read_head
 from tests.export_fixtures import CHATML, converter_cache, tiny_base, tiny_tokenizer
 
 
@@ -149,6 +151,32 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, words: str) -> 
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(StepFailed, match=words):
         read_head(tmp_path / "x.gguf")
+
+
+def test_whatever_is_wrong_with_a_head_is_told(tmp_path: Path) -> None:
+    """Every bit of a small one, each flipped alone: it is refused, or what it says can be read."""
+    strings = struct.pack("<IQ", STRING, 2) + (struct.pack("<Q", 3) + b"abc") * 2
+    raw = {
+        "general.alignment": (UINT32, struct.pack("<I", 32)),
+        "tokenizer.ggml.scores": (ARRAY, struct.pack("<IQ", 6, 2) + bytes(8)),
+        "tokenizer.ggml.tokens": (ARRAY, strings),
+    }
+    tensors = (Tensor("a.weight", (32, 4), 0, 0), Tensor("b.weight", (32,), 0, 0))
+    good = Head(3, raw, tensors, 0).with_tensors(["Q8_0", "F32"])
+    content = good.encode() + bytes(good.data_size)
+    (file := tmp_path / "x.gguf").write_bytes(content)
+    read = 0
+    with file.open("r+b", buffering=0) as data:
+        for at, byte in enumerate(good.encode()):
+            for bit in range(8):
+                os.pwrite(data.fileno(), bytes([byte ^ 1 << bit]), at)
+                with contextlib.suppress(StepFailed):
+                    head = read_head(file)
+                    assert len([head.get(key) for key in head.raw]) <= len(raw) and head.parameters >= 0
+                    assert all(tensor.rows > 0 for tensor in head.tensors)
+                    read += 1
+            os.pwrite(data.fileno(), bytes([byte]), at)
+    assert read_head(file).tensors == good.tensors and read > 500
 
 
 def test_a_cut_file_is_noticed(gguf: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ ENDLESS = "model.layers.0.mlp.up_proj.weight"
 def one_thread_each(one_thread: None) -> Iterator[None]:
     """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.chat.engines._cores", lambda: 1)
+        patch.setattr("finetune_assets.chat.engines.cores", lambda: 1)
         yield
 
 
@@ -301,7 +301,7 @@ class Exports:
 
         def merge(step: Step) -> Made:
             shutil.copytree(merged, step.staging, dirs_exist_ok=True)
-            return Made({})
+            return Made({"check": {"kl_from_base": 1e-6}})
 
         self.bodies = {**BODIES, "merged_model": merge, "gguf_file": gguf_file.build}
 
@@ -373,6 +373,7 @@ def test_what_is_made_again_and_what_is_kept(exports: Exports) -> None:
     assert content[0] != content[1]
     assert weighed.metrics["types"]["f32"] == plain.metrics["types"]["f32"], "nor measured again"
     assert [text for text in exports.said if text.startswith("proving")] == ["proving q4_0 (3 of 3)"]
+    assert any(text.startswith("q4_0: its rounding (") for text in exports.said)
     facts = weighed.metrics["imatrix"]
     assert facts | {"tokens": 0} == {
         "rows": "train", "conversations": 8, "tokens": 0, "entries": 14, "unused_experts": 0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,16 @@ import torch
 
 from finetune_assets.chat.decoding import load_chat
 from finetune_assets.device import choose_device
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import parity
+from finetune_assets.export.gguf_file import UINT32, read_head, write_with_head
+from finetune_assets.export.gguf_types import make_gguf
 from finetune_assets.export.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
 from finetune_assets.export.parity import Figures, divergence, examine, judge, prove, refer
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.export.probe import Distribution
+from tests.corruptions import flip
 from tests.export_fixtures import gguf_files, held_out_rows, opinionated
 
 
@@ -28,7 +33,7 @@ from tests.export_fixtures import gguf_files, held_out_rows, opinionated
 def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
     """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.chat.engines._cores", lambda: 1)
+        patch.setattr("finetune_assets.chat.engines.cores", lambda: 1)
         yield
 
 
@@ -44,7 +49,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(merged: Path, request: pytest.FixtureRequest) -> dict[str, Path]:
-    return gguf_files(merged, ("f16", "q8_0"), request.config)
+    return gguf_files(merged, ("f32", "f16", "q8_0"), request.config)
 
 
 def test_a_failure_names_type_check_and_limit(files: dict[str, Path], merged: Path, held_out: Path) -> None:
@@ -85,6 +90,16 @@ def test_a_file_that_changed_since_it_was_written(files: dict[str, Path], merged
         )  # fmt: skip
 
 
+def test_what_is_not_as_it_was_written_is_not_given_to_llama_cpp(
+    files: dict[str, Path], merged: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """It would end this process over a number of experts that the file has not."""
+    head = read_head(files["f16"]).with_value("llama.expert_count", UINT32, 2)
+    write_with_head(files["f16"], head, broken := tmp_path / "broken.gguf")
+    found = examine(broken, refer(merged, held_out, choose_device(kind="cpu")), sha256=digest_of_file(files["f16"]))
+    assert found[0] is None and [failure.check for failure in found[1]] == ["bytes"]
+
+
 def test_no_file_at_all(merged: Path, held_out: Path, tmp_path: Path) -> None:
     figures, failures = examine(tmp_path / "none.gguf", refer(merged, held_out, choose_device(kind="cpu")), sha256="0")
     assert figures is None and [failure.check for failure in failures] == ["file"]
@@ -98,6 +113,20 @@ def test_without_held_out_rows_words_of_our_own_are_compared(
     assert len(reference.prompts) == len(BUILT_IN)
     figures, failures = examine(files["f16"], reference)
     assert figures is not None and not failures
+
+
+def test_rows_longer_than_the_context(files: dict[str, Path], merged: Path, tmp_path: Path) -> None:
+    short = Path(shutil.copytree(merged, tmp_path / "short"))
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    head = read_head(files["f16"]).with_value("llama.context_length", UINT32, 64)
+    write_with_head(files["f16"], head, file := tmp_path / "short.gguf")
+    answer = {"role": "assistant", "content": "hello you, " * 50}
+    row = {"id": "0", "dataset": "x", "messages": [{"role": "user", "content": "a?"}, answer]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    reference = refer(short, tmp_path / "test.jsonl", choose_device(kind="cpu"))
+    figures, failures = examine(file, reference)
+    assert failures == [] and figures is not None and figures.points == len(reference.points) > 8
 
 
 def test_points_are_chosen_by_content(merged: Path, held_out: Path) -> None:
@@ -173,6 +202,23 @@ def test_every_type_has_a_limit_and_rounder_types_have_wider_ones() -> None:
     assert limits == sorted(limits)
 
 
+def test_a_file_that_went_bad_unnoticed_is_made_again(merged: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    """Its size and time are as they were, so that nobody has read it since."""
+    kept = {kind: (files[kind], digest_of_file(files[kind])) for kind in ("f32", "f16", "q8_0")}
+    flip(bad := Path(shutil.copyfile(files["f16"], tmp_path / "bad.gguf")))
+    (out := tmp_path / "out").mkdir()
+    made = make_gguf(
+        merged, ["f16", "q8_0"], out, name="tiny", about={}, cache=tmp_path / "none",
+        kept=kept | {"f16": (bad, kept["f16"][1])}, measure=None, progress=lambda event: None,
+    )  # fmt: skip
+    assert {kind: facts["sha256"] for kind, facts in made.items()} == {kind: kept[kind][1] for kind in made}
+    assert {path.name: path.samefile(files["q8_0"]) for path in out.iterdir()} == {
+        "tiny-f16.gguf": False,
+        "tiny-q8_0.gguf": True,
+    }
+    assert (out / "tiny-f16.gguf").read_bytes() == files["f16"].read_bytes()
+
+
 def test_what_is_made_and_measured_again_when() -> None:
     from finetune_assets.artifacts import Artifact
     from finetune_assets.assets.gguf_file import _kept, _recorded
@@ -187,8 +233,9 @@ def test_what_is_made_and_measured_again_when() -> None:
     }
     figures = Figures(kl=0.004, top1=0.95, ppl_ratio=1.01, tokens_per_second=9.0, points=64, reference="fp32")
     entry = {"file": "tiny-q8_0.gguf", "bytes": 1, **dataclasses.asdict(figures)}
-    previous = Artifact(Path("/made"), {"ingredients": made, "metrics": {"types": {"q8_0": entry}}})
-    files = {"q8_0": Path("/made/tiny-q8_0.gguf")}
+    held = {"tiny-q8_0.gguf": {"size": 1, "sha256": "0" * 64}}
+    previous = Artifact(Path("/made"), {"ingredients": made, "metrics": {"types": {"q8_0": entry}}, "files": held})
+    files = {"q8_0": (Path("/made/tiny-q8_0.gguf"), "0" * 64)}
 
     def again(**changes: dict[str, Any] | str) -> tuple[bool, bool]:
         """Whether the file is made again, and whether it is measured again."""

@@ -16,13 +16,14 @@ from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export import imatrix_file
 from finetune_assets.export.gguf_types import bytes_decided_by, figures_decided_by, make_gguf
-from finetune_assets.export.parity import CHECKS, Figures
+from finetune_assets.export.parity import CHECKS, Figures, near_the_base
 from finetune_assets.export.parity_picture import draw
 from finetune_assets.export.quantise import WEIGHED
 from finetune_assets.materialise import Step
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
+TINY = 1e-6  # nats: less is no change
 LISTED = 5  # names of tensors on the page
 
 
@@ -75,10 +76,14 @@ def build(step: Step) -> Made:
     parts = {kind: [entry["file"], "chat.json"] for kind, entry in facts.items()}
     if len(facts) > 1:
         draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind]["kl"]) for kind in facts})
+    changed = step.inputs["merged_model"].metrics["check"]["kl_from_base"]
     metrics: dict[str, Any] = {
         "types": {kind: {**facts[kind], **figures[kind]} for kind in facts},
         "checks": list(CHECKS),
+        "kl_from_base": changed,
     }
+    for text in near_the_base({kind: entry["kl"] for kind, entry in figures.items()}, changed):
+        step.progress({"event": "message", "text": text})
     content = {name for files in parts.values() for name in files}
     if (matrix := step.staging / imatrix_file.FILE).is_file():
         weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in WEIGHED)
@@ -87,16 +92,18 @@ def build(step: Step) -> Made:
     return Made(metrics, parts=parts, content=sorted(content))
 
 
-def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Path]:
-    """The previous artifact's files that today's wishes would make again byte for byte: type, or name -> path."""
+def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """The previous artifact's files that today's wishes would make again byte for byte, each with its sha256."""
     if previous is None:
         return {}
-    there = {kind: previous.path / entry["file"] for kind, entry in previous.metrics["types"].items()}
+    there = {kind: entry["file"] for kind, entry in previous.metrics["types"].items()}
     if "imatrix" in previous.metrics:
-        there[imatrix_file.FILE] = previous.path / imatrix_file.FILE
-    made = previous.manifest["ingredients"]
+        there[imatrix_file.FILE] = imatrix_file.FILE
+    made, digests = previous.manifest["ingredients"], previous.manifest["files"]
     return {
-        kind: path for kind, path in there.items() if bytes_decided_by(made, kind) == bytes_decided_by(wanted, kind)
+        kind: (previous.path / file, digests[file]["sha256"])
+        for kind, file in there.items()
+        if bytes_decided_by(made, kind) == bytes_decided_by(wanted, kind)
     }
 
 
@@ -116,7 +123,7 @@ def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str,
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     types = artifact.metrics["types"]
     page: dict[str, dg.MetadataValue] = {
-        "types": table([_row(kind, entry) for kind, entry in types.items()]),
+        "types": table([_row(kind, entry, artifact.metrics["kl_from_base"]) for kind, entry in types.items()]),
         "checks passed by each": dg.MetadataValue.text(", ".join(artifact.metrics["checks"])),
     }
     if "imatrix" in artifact.metrics:
@@ -127,12 +134,13 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     return page
 
 
-def _row(kind: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _row(kind: str, entry: Mapping[str, Any], changed: float) -> dict[str, Any]:
     return {
         "type": kind,
         "file": entry["file"],
         "MB": round(entry["bytes"] / 1e6, 1),
         "KL (nats per token)": float(f"{entry['kl']:.3g}"),
+        "of what training changed": f"{entry['kl'] / max(changed, TINY):.1%}",
         "same favourite": f"{entry['top1']:.1%}",
         "perplexity ratio": round(entry["ppl_ratio"], 4),
         "tokens/s here": entry["tokens_per_second"],

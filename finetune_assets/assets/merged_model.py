@@ -50,6 +50,7 @@ def _row(check: Mapping[str, Any]) -> dict[str, Any]:
         "distance of the logits": check["difference"],
         "allowed": check["allowed"],
         "what the adapter changes": check["effect"],
+        "as KL (nats per token)": check["kl_from_base"],
         "places compared": check["places"],
         "weight tensors compared": check["weights_compared"],
         "computed in": check["precision"],

@@ -22,7 +22,7 @@ def corrected(head: Head, stop_token_ids: list[int]) -> Head:
         if adds is None or (adds and not _begins_with_bos(template, special_tokens(head))):
             head = head.with_value(ADD_BOS, BOOL, False)
     other = [token for token in stop_token_ids if token != head.get("tokenizer.ggml.eos_token_id")]
-    if other and head.get(END_OF_TURN) is None:
+    if other and head.get(END_OF_TURN) not in stop_token_ids:
         head = head.with_value(END_OF_TURN, UINT32, other[0])
     return head
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -17,31 +16,33 @@ from finetune_assets.export.gguf_file import Head, read_head
 from finetune_assets.export.shards import Checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 EXACT = (
-    "bytes", "file", "tensors", "weights", "dimensions", "vocabulary", "rope base", "context length", "chat template",
-    "stop tokens", "begin of text", "prompt ids",
+    "bytes", "file", "tensors", "weights", "dimensions", "vocabulary", "rope base", "rope scaling", "context length",
+    "chat template", "stop tokens", "begin of text", "prompt ids",
 )  # fmt: skip
 
 # Architectures whose tensors the converter renames and stacks, but neither fuses, splits nor pads: all their weights
 # can be found again in the file (see weight_check).
 PLAIN = {"gemma3", "llama", "qwen2", "qwen3", "qwen3moe", "smollm3"}
+TEXT_PART = "language_model."  # in the names of a model that has other parts, too
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Tensors that a file may have although the model has none: made of the configuration.
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# GGUF key, behind the architecture's name -> key of config.json
+# GGUF key, behind the architecture's name -> key of the configuration
 DIMENSIONS = {
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "expert_used_count": "num_experts_per_tok",
 }
-ROPE_KEYS = {"rope.freq_base": "full_attention", "rope.freq_base_swa": "sliding_attention"}
-ROPE_BASE = 10000.0  # llama.cpp's, where a file names none
-PARSED = (2, 3, 4)  # kinds of tokens (unknown, control, user-defined) that are found in a text before it is cut up
+ONLY_OF = {"attention.sliding_window": "gemma3"}  # the others read all of a text in llama.cpp
 STOPS = ("eos", "eot", "eom")
+ORDINARY = 1  # kind of a token that is a piece of text
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,23 @@ def check_file(gguf: Path, sha256: str | None = None) -> tuple[Head | None, list
 
 
 def check_head(
-    head: Head, merged: Path, settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    head: Head,
+    merged: Path,
+    config: PreTrainedConfig,
+    settings: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Failure]:
-    """Everything that a file says of itself against the merged folder it was made of.
+    """Tensors, dimensions, template and stop tokens that a file names, against the model that it was made of.
 
     Args:
         merged: Hugging Face folder.
+        config: of the merged model, or of the part of it that reads text.
         settings: its chat.json.
         tokenizer: its tokenizer.
     """
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config", config)
-    return [
-        *_tensors(head, merged, config),
-        *_numbers(head, config),
-        *_added_tokens(head, tokenizer),
-        *_words(head, settings, eos if isinstance(eos := tokenizer.eos_token_id, int) else None),
-    ]
+    plain = [*_tensors(head, merged, config), *_dimensions(head, config)] if architecture(head) in PLAIN else []
+    eos = tokenizer.eos_token_id
+    return [*plain, *_words(head, settings, eos if isinstance(eos, int) else None)]
 
 
 def check_prompt(ours: Sequence[int], theirs: Sequence[int], read: int | None, bos: int | None) -> list[Failure]:
@@ -117,34 +118,37 @@ def _leading(ids: Sequence[int], token: int) -> int:
     return next((at for at, found in enumerate(ids) if found != token), len(ids))
 
 
+def architecture(head: Head) -> str:
+    """The file's, by its name in llama.cpp."""
+    return str(head.get("general.architecture"))
+
+
 def renamed(head: Head) -> Callable[[str], str | None]:
-    """From a Hugging Face tensor's name to GGUF's, for the file's architecture; all experts of a layer share one."""
+    """From a Hugging Face tensor's name to GGUF's, for an architecture of `PLAIN`; experts of a layer share one."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    architecture = str(head.get("general.architecture"))
     numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    names = get_tensor_name_map(numbers[architecture], int(head.get(f"{architecture}.block_count", 0)))
-    return lambda name: names.get_name(EXPERT.sub(".experts.", name), try_suffixes=(".weight", ".bias"))
+    blocks = head.get(f"{architecture(head)}.block_count")
+    blocks = min(blocks, len(head.tensors)) if isinstance(blocks, int) else 0
+    names = get_tensor_name_map(numbers[architecture(head)], blocks)
+    suffixes = (".weight", ".bias")
+    return lambda name: names.get_name(EXPERT.sub(".experts.", name.replace(TEXT_PART, "")), try_suffixes=suffixes)
 
 
-def _tensors(head: Head, merged: Path, config: Mapping[str, Any]) -> Iterator[Failure]:
-    """All weights are there, in their shapes; of other architectures than `PLAIN` only what has a plain name."""
-    from gguf import MODEL_ARCH_NAMES
-
-    architecture = str(head.get("general.architecture"))
-    if architecture not in MODEL_ARCH_NAMES.values():
-        yield Failure("tensors", f"the architecture {architecture!r}", "one that llama.cpp has")
-        return
+def _tensors(head: Head, merged: Path, config: PreTrainedConfig) -> Iterator[Failure]:
+    """All weights are there, in their shapes."""
     name_of = renamed(head)
     held = {tensor.name: tensor for tensor in head.tensors}
     experts: Counter[str] = Counter()
     shapes: dict[str, tuple[int, ...]] = {}  # wanted, ggml's way round
     unnamed = 0
     with Checkpoint(merged) as checkpoint:
-        specs = [checkpoint.spec(name) for name in checkpoint]
+        of_text = [name for name in checkpoint if TEXT_PART in name or name.startswith("lm_head.")]
+        others = any(TEXT_PART in name for name in of_text)  # that see or hear, and stay out of the file
+        specs = [checkpoint.spec(name) for name in (of_text if others else checkpoint)]
     for spec in specs:
         name = name_of(spec.name)
-        if name == "output.weight" and name not in held and config.get("tie_word_embeddings"):
+        if name == "output.weight" and name not in held and config.tie_word_embeddings:
             continue  # the embeddings serve as one
         if name is None:
             unnamed += math.prod(spec.shape)
@@ -153,70 +157,30 @@ def _tensors(head: Head, merged: Path, config: Mapping[str, Any]) -> Iterator[Fa
         if EXPERT.search(spec.name):
             experts[name] += 1
             shapes[name] += (experts[name],)
-    if architecture in PLAIN:
-        for name, wanted in shapes.items():
-            if name not in held:
-                yield Failure("tensors", f"no {name}", "all that the model has")
-            elif held[name].shape != wanted:
-                yield Failure("tensors", f"{name} of shape {held[name].shape}", f"{wanted}, as the model's")
+    for name, wanted in shapes.items():
+        if name not in held:
+            yield Failure("tensors", f"no {name}", "all that the model has")
+        elif held[name].shape != wanted:
+            yield Failure("tensors", f"{name} of shape {held[name].shape}", f"{wanted}, as the model's")
     rest = {name: tensor.elements for name, tensor in held.items() if name not in shapes and name not in COMPUTED}
     # What has no name of its own, such as experts fused into one tensor, is cut up anew: the weights must add up.
-    if architecture in PLAIN and rest and sum(rest.values()) != unnamed:
+    if rest and sum(rest.values()) != unnamed:
         found = ", ".join([*rest][:4])
         yield Failure("tensors", f"{sum(rest.values())} weights in {found}", f"{unnamed} in tensors beside the named")
 
 
-def _numbers(head: Head, config: Mapping[str, Any]) -> Iterator[Failure]:
-    architecture = str(head.get("general.architecture"))
-    if architecture in PLAIN:
-        for key, ours in DIMENSIONS.items():
-            found, wanted = head.get(f"{architecture}.{key}"), config.get(ours)
-            if wanted is not None and not isinstance(found, list) and not _same(found, wanted):
-                yield Failure("dimensions", f"{key} {found}", f"{wanted}, as {ours} says")
-    tokens = len(head.get("tokenizer.ggml.tokens", []))
-    rows = next((tensor.shape[-1] for tensor in head.tensors if tensor.name == "token_embd.weight"), None)
-    if rows is not None and tokens != rows:
-        yield Failure("vocabulary", f"{tokens} tokens", f"{rows}, one for each row of the embeddings")
-    if architecture in PLAIN and (wanted := config.get("vocab_size")) not in (None, tokens):
-        yield Failure("vocabulary", f"{tokens} tokens", f"{wanted}, as vocab_size says")
-    for key, attention in ROPE_KEYS.items():
-        wanted, found = _rope_base(config, attention), head.get(f"{architecture}.{key}", ROPE_BASE)
-        if wanted is not None and not _same(found, wanted):
-            yield Failure("rope base", f"{key} {found:g}", f"{wanted:g}")
-    wanted, found = config.get("max_position_embeddings"), head.get(f"{architecture}.context_length")
-    if wanted is not None and found != wanted:
-        yield Failure("context length", str(found), str(wanted))
-
-
-def _rope_base(config: Mapping[str, Any], attention: str) -> float | None:
-    """The configuration's, in its new and its old spelling; layers of sliding attention may have one of their own."""
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get(attention, rope if attention == "full_attention" else {})
-    return rope.get("rope_theta", config.get("rope_theta") if attention == "full_attention" else None)
-
-
-def _added_tokens(head: Head, tokenizer: PreTrainedTokenizerBase) -> Iterator[Failure]:
-    """Special tokens are there under their ids, and are no ordinary words, whether a prompt uses them or not."""
-    tokens, kinds = head.get("tokenizer.ggml.tokens", []), head.get("tokenizer.ggml.token_type", [])
-    for number, added in sorted(tokenizer.added_tokens_decoder.items()):
-        if not added.special or added.normalized:
+def _dimensions(head: Head, config: PreTrainedConfig) -> Iterator[Failure]:
+    for key, ours in DIMENSIONS.items():
+        found, wanted = head.get(f"{architecture(head)}.{key}"), getattr(config, ours, None)
+        if wanted is None or architecture(head) != ONLY_OF.get(key, architecture(head)):
             continue
-        found = tokens[number] if number < len(tokens) else None
-        if found != added.content:
-            yield Failure(
-                "vocabulary", f"token {number} is {found!r}", f"{added.content!r}, a token of the tokenizer's"
-            )
-            return
-        if number < len(kinds) and kinds[number] not in PARSED:
-            yield Failure(
-                "vocabulary", f"{found!r} is an ordinary word", "a token that is parsed, as the tokenizer does"
-            )
-            return
+        if not isinstance(found, list) and not same(found, wanted):
+            yield Failure("dimensions", f"{key} {found}", f"{wanted}, as {ours} says")
 
 
-def _same(found: Any, wanted: Any) -> bool:
+def same(found: Any, wanted: float) -> bool:
     """Equal numbers, as far as float32 tells them apart."""
-    return found is not None and math.isclose(found, wanted, rel_tol=1e-6)
+    return isinstance(found, (int, float)) and math.isclose(found, wanted, rel_tol=1e-6)
 
 
 def _words(head: Head, settings: Mapping[str, Any], eos: int | None) -> Iterator[Failure]:
@@ -226,6 +190,12 @@ def _words(head: Head, settings: Mapping[str, Any], eos: int | None) -> Iterator
     ends = {name: head.get(f"tokenizer.ggml.{name}_token_id") for name in STOPS}
     if eos is not None and ends["eos"] != eos:
         yield Failure("stop tokens", f"eos {ends['eos']}", f"{eos}, the tokenizer's")
+    kinds = head.get("tokenizer.ggml.token_type", [])
+    for name, token in ends.items():
+        if token is None or token in (eos, *settings["stop_token_ids"]):
+            continue
+        if token < len(kinds) and kinds[token] == ORDINARY:
+            yield Failure("stop tokens", f"{name} {token}, an ordinary word", "no words, which would end an answer")
     if missing := [token for token in settings["stop_token_ids"] if token not in ends.values()]:
         shown = ", ".join(f"{name} {token}" for name, token in ends.items() if token is not None) or "none"
         yield Failure("stop tokens", shown, f"{missing[0]} among them, which ends an answer")

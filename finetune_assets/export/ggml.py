@@ -45,8 +45,11 @@ def quantise(values: np.ndarray, kind: str, out: np.ndarray, importance: np.ndar
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The extension that holds the functions; StepFailed where there is none, or it shows them to nobody."""
-    """xllamacpp's extension module, taken as a plain library: its exported functions are ggml's own."""
+    """xllamacpp's extension module, taken as a plain library: its exported functions are ggml's own.
+
+    Raises:
+        StepFailed: it is not installed, or exports none of them.
+    """
     found = importlib.util.find_spec("xllamacpp")
     if found is None or found.origin is None:
         raise StepFailed("GGUF types are rounded by the llama.cpp in xllamacpp, which is not installed", INSTALL)

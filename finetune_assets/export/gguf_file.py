@@ -99,7 +99,7 @@ class Head:
         return sum(tensor.elements for tensor in self.tensors)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value, decoded; arrays become lists."""
+        """A metadata value, decoded; arrays become lists. Bytes that are no UTF-8 are shown as \\xNN."""
         if key not in self.raw:
             return default
         kind, data = self.raw[key]
@@ -154,7 +154,7 @@ def read_head(path: Path) -> Head:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 head = _parse(data, version)
-            except (struct.error, IndexError, UnicodeDecodeError, KeyError) as error:
+            except (struct.error, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise StepFailed(f"{path} is damaged or cut short in its head", "make it again") from error
     last = max(head.tensors, key=lambda tensor: tensor.offset, default=None)
     needs = head.data_start + (last.offset + (last.nbytes if last.type_number in TYPE_NAMES else 1) if last else 0)
@@ -185,6 +185,8 @@ def _parse(data: mmap.mmap, version: int) -> Head:
     for _ in range(n_tensors):
         name = cursor.string()
         shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))
+        if not shape or 0 in shape:
+            raise ValueError(f"tensor {name} of shape {shape}")
         tensors.append(Tensor(name, shape, cursor.number("<I"), cursor.number("<Q")))
     head = Head(version, raw, tuple(tensors), 0)
     return replace(head, data_start=_aligned(cursor.at, head.alignment))
@@ -202,14 +204,14 @@ class _Cursor:
         self.at += struct.calcsize(form)
         return value
 
-    def string(self) -> str:
+    def string(self, errors: str = "strict") -> str:
         size = self.number("<Q")
         self.at += size
-        return self.data[self.at - size : self.at].decode("utf-8")
+        return self.data[self.at - size : self.at].decode("utf-8", errors)
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
-            return self.string()
+            return self.string("backslashreplace")
         if kind == ARRAY:
             inner, count = self.number("<I"), self.number("<Q")
             return [self.value(inner) for _ in range(count)]

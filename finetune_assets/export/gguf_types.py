@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def make_gguf(
     name: str,
     about: Mapping[str, Any],
     cache: Path,
-    kept: Mapping[str, Path],
+    kept: Mapping[str, tuple[Path, str]],
     measure: Callable[[Path, Path], None] | None,
     progress: Callable[[dict[str, Any]], None],
 ) -> dict[str, dict[str, Any]]:
@@ -32,28 +33,34 @@ def make_gguf(
         merged: Hugging Face folder with the chat template to embed.
         name, about: the model's name, and what else the files' metadata say; see `convert`.
         cache: where the converter is kept.
-        kept: files made earlier of the same model by the same tools: type -> path; imatrix.gguf by its name.
+        kept: files made earlier of the same model by the same tools: type (imatrix.gguf by its name) -> path, and
+            the sha256 (hex) it had then. What is something else by now is made again.
         measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
 
     Raises:
         StepFailed: the converter does not know the model, or failed.
     """
     made = {kind: out / f"{name}-{kind}.gguf" for kind in types}
+
+    @functools.cache
+    def whole(kind: str) -> Path | None:
+        path, sha256 = kept.get(kind, (None, ""))
+        return path if path is not None and digest_of_file(path) == sha256 else None
+
     digests: dict[str, str] = {}  # of what was written, before anything can happen to it
     for kind, file in made.items():
-        if kind in kept:
-            link_or_copy(kept[kind], file)
-            digests[kind] = digest_of_file(file)
+        if (path := whole(kind)) is not None:
+            link_or_copy(path, file)
+            digests[kind] = kept[kind][1]
     matrix = out / imatrix_file.FILE
-    if matrix.name in kept and any(kind in WEIGHED for kind in types):
-        link_or_copy(kept[matrix.name], matrix)
-    missing = [kind for kind in types if kind not in kept]
+    if any(kind in WEIGHED for kind in types) and (path := whole(matrix.name)) is not None:
+        link_or_copy(path, matrix)
+    missing = [kind for kind in types if kind not in digests]
     if missing:
         full = natural_type(merged)
-        source = out / f"{name}-{full}.gguf"
-        if full in kept:
-            source = kept[full]
-        else:
+        source = whole(full)
+        if source is None:
+            source = out / f"{name}-{full}.gguf"
             progress({"event": "message", "text": f"converting to GGUF ({full})"})
             convert(merged, source, full, cache, name=name, about=about)
         if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
@@ -64,7 +71,7 @@ def make_gguf(
             if made[kind] != source:
                 make_types(source, [kind], out, name, importance)
             digests[kind] = digest_of_file(made[kind])
-        if full not in types and full not in kept:
+        if full not in types and whole(full) is None:
             source.unlink()
     return {
         kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in made.items()

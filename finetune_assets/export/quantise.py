@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.cores import cores
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import ggml
 from finetune_assets.export.gguf_file import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
@@ -186,7 +187,7 @@ def _convert_all(blocks: Generator[_Block], source: int, target: int) -> None:
                 return
             _write(target, scratch.converted(block, source), block.write_at)
 
-    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    workers = min(cores(), MOST_WORKERS)
     with ThreadPoolExecutor(workers) as pool:
         try:
             for done in as_completed([pool.submit(work) for _ in range(workers)]):

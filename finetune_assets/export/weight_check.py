@@ -7,13 +7,13 @@ says nothing. Its weights do not.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_assets.export.exact_checks import EXPERT, PLAIN, Failure, renamed
+from finetune_assets.cores import cores
+from finetune_assets.export.exact_checks import EXPERT, PLAIN, Failure, architecture, renamed
 from finetune_assets.export.gguf_file import Head, Tensor
 from finetune_assets.export.shards import Checkpoint
 
@@ -55,8 +55,7 @@ def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
     """
     import numpy as np
 
-    architecture = str(head.get("general.architecture"))
-    if architecture not in PLAIN:
+    if architecture(head) not in PLAIN:
         return []
     data, name_of = np.memmap(gguf, dtype=np.uint8, mode="r"), renamed(head)
     held = {tensor.name: tensor for tensor in head.tensors}
@@ -70,13 +69,13 @@ def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
             return None
         count, expert = math.prod(spec.shape[:-1]), EXPERT.search(name)
         first = int(expert[1]) * count if expert else 0
-        wanted = _as_in_gguf(head, architecture, tensor.name, checkpoint.tensor(name))
+        wanted = _as_in_gguf(head, tensor.name, checkpoint.tensor(name))
         if wanted is None or first + count > tensor.rows:
             return None
         rows = data[head.data_start + tensor.offset :][: tensor.nbytes].reshape(tensor.rows, -1)[first : first + count]
         return _furthest(tensor, rows, wanted.reshape(count, -1), first, limits.get(tensor.type))
 
-    with Checkpoint(merged) as checkpoint, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with Checkpoint(merged) as checkpoint, ThreadPoolExecutor(min(cores(), 8)) as pool:
         found = [one for one in pool.map(look, checkpoint) if one is not None]
     if not found:
         return []
@@ -84,15 +83,15 @@ def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
     return [Failure("weights", measured, allowed)]
 
 
-def _as_in_gguf(head: Head, architecture: str, name: str, ours: torch.Tensor) -> torch.Tensor | None:
+def _as_in_gguf(head: Head, name: str, ours: torch.Tensor) -> torch.Tensor | None:
     """A tensor of the merged model as the converter lays it out; None if the file's own head count does not fit."""
     import torch
 
     part = name.split(".")[-2]
-    if architecture in ONE_LESS and name.endswith("norm.weight"):
+    if architecture(head) in ONE_LESS and name.endswith("norm.weight"):
         return (ours if ours.dtype == torch.float16 else ours.float()) + 1
-    if architecture in PAIRED and part in ("attn_q", "attn_k"):
-        heads = head.get(f"{architecture}.attention.{'head_count' if part == 'attn_q' else 'head_count_kv'}")
+    if architecture(head) in PAIRED and part in ("attn_q", "attn_k"):
+        heads = head.get(f"{architecture(head)}.attention.{'head_count' if part == 'attn_q' else 'head_count_kv'}")
         if not isinstance(heads, int) or len(ours) % (2 * heads):
             return None
         return ours.reshape(heads, 2, len(ours) // heads // 2, -1).transpose(1, 2).reshape(ours.shape)
