@@ -203,10 +203,10 @@ class OllamaSection(Section):
     @field_validator("name")
     @classmethod
     def _servable(cls, name: str) -> str:
-        if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):
+        if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):
             raise ValueError(
                 f"{name!r} is no Ollama model name: "
-                "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"
+                "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'; no '.' before a '/'"
             )
         return name
 

@@ -92,12 +92,13 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
-    """Two recipes that serve under one name would take each other's place for ever.
+    """Two recipes that serve under one name, to Ollama whatever its case, would take each other's place for ever.
 
     Raises:
         BadInput: another recipe has the same `ollama.name`.
     """
-    rivals = [other.name for other in others if other.name != recipe.name and other.ollama.name == recipe.ollama.name]
+    name = recipe.ollama.name.lower()
+    rivals = [other.name for other in others if other.name != recipe.name and other.ollama.name.lower() == name]
     if rivals:
         raise BadInput(
             f"ollama.name {recipe.ollama.name!r} of {recipe.name} is also that of {', '.join(rivals)}",

@@ -51,8 +51,9 @@ def verify(
         there = ollama_server.digests(host)
         for name, model in wanted.items():
             progress({"event": "message", "text": f"asking {name} on {host}"})
-            served = Check("digest", there.get(name) == digests_of(facts)[name], there.get(name) or "no such model")
-            rest = _on_server(host, model, ask=all(check.ok for check in checks)) if name in there else []
+            digest = there.get(ollama_server.listed(name))
+            served = Check("digest", digest == digests_of(facts)[name], digest or "no such model")
+            rest = _on_server(host, model, ask=all(check.ok for check in checks)) if digest else []
             found[f"{name} on the server {host}"] = [served, *rest]
     elif facts["where"] == "server":
         advice = f"none answers; it was put on {facts['place']}: start that one, or set OLLAMA_HOST to it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import threading
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from finetune_assets import prerequisites
 from finetune_assets.artifacts import Artifact
 from finetune_assets.errors import StepFailed
+from finetune_assets.export.gguf_file import STRING, read_head, write_with_head
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import open_store
 from finetune_assets.prerequisites import check_prerequisites
@@ -48,11 +50,11 @@ def test_a_type_that_is_none(mini: MiniProject) -> None:
     refused(mini, 2, f"{mini.recipe_path()}:{line}: gguf.types: unknown GGUF type 'q4_km'; did you mean 'q4_k_m'?")
 
 
-@pytest.mark.parametrize("name", ["my model", "Größe", "a:b", "-x", "a/b/c", ""])
+@pytest.mark.parametrize("name", ["my model", "Größe", "a:b", "-x", "a/b/c", "a.b/c", "a" * 81 + "/b", ""])
 def test_a_name_that_ollama_does_not_take(mini: MiniProject, name: str) -> None:
     mini.edit(ollama={"name": name})
     line = 1 + next(n for n, text in enumerate(mini.recipe_path().read_text().splitlines()) if "  name:" in text)
-    words = "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'"
+    words = "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'; no '.' before a '/'"
     refused(mini, 2, f"{mini.recipe_path()}:{line}: ollama.name: {name!r} is no Ollama model name: {words}")
 
 
@@ -129,6 +131,20 @@ def test_a_system_prompt_that_fills_the_context(
     assert no.value.hint == "raise ollama.num_ctx, or shorten the system prompt"
     mini.edit(ollama={"system": "Be brief."})
     make_chain(mini)
+
+
+def test_white_space_that_the_chat_template_takes_away(
+    mini: MiniProject, files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """YAML's `system: |` ends in a line break. Served with it, the prompt would be another than the one learnt from."""
+    head, key = read_head(files.f32), "tokenizer.chat_template"
+    trimming = head.get(key).replace("message['content']", "message['content'] | trim")
+    write_with_head(files.f32, head.with_value(key, STRING, trimming), tmp_path / "trimming.gguf")
+    changed = copy(files)
+    changed.f32 = tmp_path / "trimming.gguf"
+    with_weights(mini, changed, monkeypatch)
+    mini.edit(gguf={"types": ["f32"]}, ollama={"system": "Be brief.\n"})
+    assert make_chain(mini)["ollama_model"].metrics["system"] == "Be brief."
 
 
 def test_a_context_longer_than_the_model_s(mini: MiniProject, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -34,6 +36,10 @@ class Parrot:
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
         self.asked.append([dict(message) for message in messages])
         yield f"{self.name} "
+        if messages[-1]["content"] == "Ctrl-C":
+            raise KeyboardInterrupt
+        if messages[-1]["content"] == "long":
+            raise StepFailed("it does not fit", "ask for less")
         yield f"[{len(messages)}] {messages[-1]['content']}"
 
     def close(self) -> None:
@@ -53,15 +59,36 @@ def talk(
 def test_several_answer_in_turn_with_their_names_and_speeds():
     engines = {"base": Parrot("old"), "ollama": Parrot("new", speed=None)}
     said = talk(engines, "Hello [bold]", "again", "/reset", "third", "/bye", "never", system="Be brief.")
-    assert said[0] == "talking to old, new; /bye or Ctrl-D to leave, /reset to begin again"
+    assert said[0].startswith("talking to old, new; /bye or Ctrl-D to leave, /reset to begin again")
     assert said[1:] == [
-        *("base", "old [2] Hello [bold]", "12.3 tokens/s", "ollama", "new [2] Hello [bold]"),
-        *("base", "old [4] again", "12.3 tokens/s", "ollama", "new [4] again"),
-        *("base", "old [2] third", "12.3 tokens/s", "ollama", "new [2] third"),
+        *("base", "old [2] Hello [bold]", "12.3 tokens/s", "ollama", "new [1] Hello [bold]"),
+        *("base", "old [4] again", "12.3 tokens/s", "ollama", "new [3] again"),
+        *("base", "old [2] third", "12.3 tokens/s", "ollama", "new [1] third"),
     ]
-    second = engines["ollama"].asked[1]
+    second = engines["base"].asked[1]
     assert [message["role"] for message in second] == ["system", "user", "assistant", "user"]
-    assert second[2]["content"] == "new [2] Hello [bold]", "each remembers its own answers"
+    assert second[2]["content"] == "old [2] Hello [bold]", "each remembers its own answers"
+    assert [message["role"] for message in engines["ollama"].asked[1]] == ["user", "assistant", "user"], (
+        "a served model has a system prompt of its own, whatever the recipe says by now"
+    )
+
+
+def test_what_is_not_answered_is_forgotten():
+    engines = {"base": Parrot("old"), "gguf": Parrot("new")}
+    said = talk(engines, "one", "Ctrl-C", "long", "two")
+    assert said[-6:] == ["base", "old [3] two", "12.3 tokens/s", "gguf", "new [3] two", "12.3 tokens/s"]
+    assert "broken off; the question is forgotten" in said
+    assert said[said.index("it does not fit") :][:2] == ["it does not fit", "ask for less"]
+    with pytest.raises(StepFailed, match="it does not fit"):  # one question has an exit code
+        talk(engines, message="long")
+    with pytest.raises(BadInput, match="-m: the message is empty"):
+        talk(engines, message=" ")
+
+
+def test_several_lines():
+    engine = Parrot("old")
+    talk({"base": engine}, '"""def f():', "    return 1", "", '"""', '"""one"""', '"""', "two", 'three"""', '"""open')
+    assert [asked[-1]["content"] for asked in engine.asked] == ["def f():\n    return 1", "one", "two\nthree"]
 
 
 def test_one_question():
@@ -80,6 +107,17 @@ def test_stages_that_there_are(mini: MiniProject):
     unmade = open_engines("base, ollama", recipe, mini, nothing)
     with pytest.raises(StepFailed, match="mini/base_model has not been made yet"), unmade:
         pass
+
+
+def test_a_file_that_was_asked_nothing_is_closed(
+    smollm2: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+):
+    """The stage after it cannot be opened, say. In a process of its own: llama.cpp would wait with the GIL held."""
+    file = str(tiny_files(smollm2, tmp_path_factory, request.config).q8_0)
+    code = "import pathlib, sys\nfrom finetune_assets.chat.engines import GgufEngine\n" + (
+        "for _ in range(6): GgufEngine(pathlib.Path(sys.argv[1])).close()"
+    )
+    subprocess.run([sys.executable, "-c", code, file], check=True, timeout=60)
 
 
 def test_the_speed_of_a_folder(cpu: Device, tmp_path: Path, one_thread: None):

@@ -102,9 +102,9 @@ def test_dagster_validates_the_definitions_and_loads_no_torch(tmp_path):
 def test_two_recipes_that_would_serve_under_one_name_are_refused(mini: MiniProject):
     mini.copy_recipe("second")
     mini.copy_recipe("third")
-    mini.edit("third", ollama={"name": "mini"})
+    mini.edit("third", ollama={"name": "MINI"})  # a server takes them for one
     graph = load_definitions(mini).resolve_asset_graph()
     assert graph.has(dg.AssetKey(["second", "lora_adapter"]))
-    for name, rival in (("mini", "third"), ("third", "mini")):
+    for name, served, rival in (("mini", "mini", "third"), ("third", "MINI", "mini")):
         description = str(graph.get(dg.AssetKey([name, "recipe"])).description)
-        assert f"ollama.name 'mini' of {name} is also that of {rival}" in description
+        assert f"ollama.name {served!r} of {name} is also that of {rival}" in description

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,26 @@ MISTRAL = (
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+LEFT_OUT = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<|user|>\n' + m['content'] + '<|end|>\n<|assistant|>\n' }}"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] + '<|end|>\n' }}{% endif %}{% endfor %}"
+)
+LATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m['content'] + '[/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+COMMANDED = (
+    "{% if messages[0]['role'] == 'system' %}{% set said = messages[0]['content'] %}{% set messages = messages[1:] %}"
+    "{{ '<system>' + said.replace('/quiet', '').strip() + '\n' }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + (' softly' if said and '/quiet' in said else '') + ': ' + m['content'] }}"
+    "<end>{% endfor %}{% if add_generation_prompt %}assistant{{ ' softly' if said and '/quiet' in said }}: {% endif %}"
+)
+NO_THOUGHTS = CHATML.replace("message['content']", "message['content'].split('</think>')[-1].lstrip('\n')")
+NOTHING_EMPTY = CHATML.replace("%}", "%}{{ raise_exception('empty') if not message['content'] }}", 1)
+TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
 BRACES = CHATML.replace("<|im_start|>", "<{{ ")
 END_MARKED = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_generation_prompt %}<end>{% else %}")
 
@@ -43,7 +64,8 @@ END_MARKED = CHATML.replace("{% if add_generation_prompt %}", "{% if not add_gen
     ("template", "system", "notes"),
     [
         (CHATML, True, 0), (SMOLLM, True, 0), (LLAMA3, True, 1), (MISTRAL, True, 0), (NO_SYSTEM, False, 1),
-        (BRACES, True, 0), (END_MARKED, True, 0),
+        (BRACES, True, 0), (END_MARKED, True, 0), (LEFT_OUT, False, 1), (LATE, True, 1), (COMMANDED, True, 0),
+        (NO_THOUGHTS, True, 1), (TOOLS, True, 1), (NOTHING_EMPTY, True, 3),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("add_bos", [False, True])
@@ -54,16 +76,59 @@ def test_same_prompts(template: str, system: bool, notes: int, add_bos: bool) ->
             derive(template, TOKENS, add_bos=True)
         return
     go = derive(template, TOKENS, add_bos=add_bos)
-    assert go.system is system
+    assert any("no system message" in note for note in go.notes) is not system
     assert len(go.notes) == notes
     assert not (add_bos and "<s>" in go.text)
-    talks = [messages for kind, messages in battery(system) if kind == "ordinary"]
+    talks = [messages for kind, messages in battery() if kind == "ordinary"]
     talks.append(
         [{"role": role, "content": f"{role} {n} 好 }}}} {{{{"} for n in range(9) for role in ("user", "assistant")][:-1]
     )
     for messages in talks:
         got = ("<s>" if add_bos else "") + go_eval.render(go.text, go_data(messages))
-        assert got == render_jinja(template, messages, TOKENS)
+        read = messages if system else [message for message in messages if message["role"] != "system"]
+        assert got == render_jinja(template, read, TOKENS)
+
+
+def test_templates_that_models_ship() -> None:
+    """TRL brings the chat templates of many families. Those of models that also see want pictures, not text."""
+    for_pictures = {"idefics3", "llava_next", "smolvlm"}
+    files = sorted(Path(str(resources.files("trl"))).glob("chat_templates/*.jinja"))
+    assert len(files) > 60
+    for file in files:
+        template = file.read_text(encoding="utf-8")
+        name = file.stem.removesuffix("_training")
+        try:
+            go = derive(template, TOKENS, add_bos=False, system="Be brief.")
+        except StepFailed:
+            assert name in for_pictures, name
+            continue
+        assert name not in for_pictures and go.text
+        assert any("tools" in note for note in go.notes) is ("{%- if tools" in template or "if tools" in template), name
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "served"),
+    [
+        (CHATML, " two\nlines\n", " two\nlines\n"),
+        (LLAMA3, " two\nlines\n", "two\nlines"),
+        (LATE, "one\n", "one\n"),
+        (LEFT_OUT, "one", None),
+        (NO_SYSTEM, "one", None),
+        (CHATML, None, None),
+        (LLAMA3, " \n", None),
+        (COMMANDED, "one\n", "one"),
+    ],
+)
+def test_the_system_prompt_that_is_served(template: str, asked: str | None, served: str | None) -> None:
+    """A YAML block ends in a line break, which some chat templates take away; SYSTEM must be what they make of it."""
+    assert derive(template, TOKENS, add_bos=False, system=asked).system == served
+
+
+def test_a_system_prompt_that_changes_the_template() -> None:
+    with pytest.raises(
+        StepFailed, match=r"with this system prompt: it writes .* softly: .*\ntake out of ollama.system"
+    ):
+        derive(COMMANDED, TOKENS, add_bos=False, system="Be brief. /quiet")
 
 
 def test_smollm2_template_as_text() -> None:
@@ -91,6 +156,7 @@ def test_smollm2_template_as_text() -> None:
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | upper }}\n{% endfor %}",
             "moves, repeats or leaves",
         ),
+        ("{% for m in messages %}{{ m['content'] + none }}{% endfor %}", "refuses an ordinary conversation: can only"),
         (
             "{% for m in messages %}{{ m['role'] }}: {{ m['content'] | replace('🙂', ':)') }}\n{% endfor %}",
             "where .* would be",
@@ -108,6 +174,7 @@ def test_reasons(template: str, reason: str) -> None:
         ('{{ if eq .A "x" }}1{{ else if and (ne .A "y") .B }}2{{ else }}3{{ end }}', "2"),
         ("{{ range $i, $x := .L }}{{ $n := len (slice $.L $i) }}{{ $i }}{{ $x }}{{ $n }};{{ end }}", "0a2;1b1;"),
         ('{{ (index .M 0).K }}{{ "{{\\n" }}', "v{{\n"),
+        ("{{ range $i, $x := .L }}{{ if le $i 0 }}{{ $.A }}{{ end }}{{ $x }}{{ end }}", "zab"),
         ("{{ range $i, $x := .L }}{{ . }}{{ end }}{{ if not .B }}no{{ end }}{{ or .E .A }}", "abz"),
     ],
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ollama import Client
 
 from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
@@ -21,12 +22,14 @@ from finetune_assets.export import expected as asking
 from finetune_assets.export import ollama_server, ollama_store
 from finetune_assets.export.expected import Expected, expected
 from finetune_assets.export.gguf_file import read_head
-from finetune_assets.export.go_template import render_jinja, special_tokens
+from finetune_assets.export.go_template import battery, derive, render_jinja, special_tokens
 from finetune_assets.export.modelfile import OllamaModel, modelfile
 from finetune_assets.export.ollama_checks import Check, answered, in_store, written
 from finetune_assets.export.ollama_process import find_binary, serving
 from finetune_assets.export.ollama_server import answers, digest, parse_host, show
 from tests.ollama_fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files
+from tests.tcp_proxy import Fault, Proxy
+from tests.test_go_template import BRACES, END_MARKED, LATE, LEFT_OUT
 
 SYSTEM = 'You are "Ada" <& co>.\nBe {{ .brief }}. 你好 """'
 LICENSES = ("Apache-2.0 <x>",)
@@ -47,10 +50,19 @@ NOTHING = Expected("Hi", 1, "", 0, False)
         (" '10.0.0.2:1' ", "http://10.0.0.2:1"),
         ("[::1]:8000", "http://[::1]:8000"),
         ("[::]", "http://[::1]:11434"),
+        ("http://me:secret@gpu.local:1", "http://***@gpu.local:1"),
+        ("me:secret@gpu.local", "http://***@gpu.local:11434"),
+        ("https://gpu.local/ollama?key=secret#x", "https://gpu.local:443/ollama?***"),
     ],
 )
 def test_hosts_are_read_as_ollama_reads_them(text: str, host: str) -> None:
     assert parse_host(text) == host
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(StepFailed, match=r"not an address\nwrite .* without user name, password or key") as caught:
+        answers(parse_host("https://me:secret@gpu.local/?key=secret"))
+    assert "secret" not in str(caught.value)
 
 
 @contextmanager
@@ -90,6 +102,14 @@ def test_is_a_server_there() -> None:
     for other in ({}, {"/api/version": b"<html>"}, {"/api/version": ["x"]}):
         with stand_in(other) as host, pytest.raises(StepFailed, match="no Ollama server"):
             answers(host)
+
+
+def test_an_answer_that_is_cut_short() -> None:
+    """The server is lost, whichever way the library says it."""
+    for nonsense in (b"<html>", b'{"models": ['):
+        words = pytest.raises(OSError, match=r"its answer to /api/tags cannot be read \(JSONDecodeError\)")
+        with stand_in({"/api/tags": nonsense}) as host, words:
+            ollama_server.digests(host)
 
 
 def test_a_server_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +293,49 @@ def test_several_types_under_names_of_their_own(files: Files, host: str) -> None
     second = put(host, served(files.f32, "many:latest", system="Be brief."), retired=retired)
     assert second["many:latest"].previous == first["many:latest"].digest
     assert {name for name in ollama_server.digests(host) if name.startswith("many:")} == {"many:latest", "many:own"}
+
+
+@needs_server
+@pytest.mark.parametrize("template", [LATE, LEFT_OUT, END_MARKED, BRACES])
+def test_a_server_renders_what_the_chat_template_does(files: Files, host: str, template: str) -> None:
+    """As far as the number of tokens shows, which is all that a server of this release tells."""
+    specials = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    text = derive(template, specials, add_bos=False).text
+    weights = {"x.gguf": client(host).create_blob(files.q8_0)}
+    client(host).create(model="derived", files=weights, template=text, parameters=dict(PARAMETERS))
+    for messages in [messages for kind, messages in battery() if kind == "ordinary"][::7]:
+        read = [message for message in messages if template != LEFT_OUT or message["role"] != "system"]
+        prompt, options = render_jinja(template, read, specials), {"num_predict": 1}
+        raw = client(host).generate(model="derived", prompt=prompt, raw=True, options=options)
+        answer = client(host).chat(model="derived", messages=messages, options=options)
+        assert answer.prompt_eval_count == raw.prompt_eval_count, messages
+    client(host).delete("derived")
+
+
+@needs_server
+def test_names_move_one_by_one_and_are_what_the_server_calls_them(
+    files: Files, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models from elsewhere have tags like Q5_0. Where there is one, a server makes our q5_0 a Q5_0, too."""
+    client(host).create(model="elsewhere:Q5_0", files={"x.gguf": client(host).create_blob(files.q8_0)})
+    plain, other = [served(files.q8_0, f"Capital:{tag}") for tag in ("latest", "q5_0")]
+    reply, copy = expected(plain), Client.copy
+    with Proxy(host) as proxy:
+
+        def then_fail(self: Client, *names: str) -> Any:
+            answer = copy(self, *names)
+            proxy.faults = [Fault("POST /api/copy", answer=("500 Internal Server Error", '{"error": "no luck"}'))]
+            return answer
+
+        monkeypatch.setattr(Client, "copy", then_fail)
+        with pytest.raises(StepFailed, match="refused Capital: no luck") as caught:
+            put(proxy.host, plain, other, replies={model.name: reply for model in (plain, other)})
+    assert str(caught.value.hint).startswith("it serves the new Capital:latest, and no other of the new models; put")
+    assert {name for name in ollama_server.digests(host) if "capital" in name} == {"capital:latest"}, "none is staged"
+    before = digest(host, "capital")
+    made = put(host, other, replies={other.name: reply}, retired={"library/CAPITAL:latest": before or ""})[other.name]
+    assert made.previous is None and made.digest == digest(host, "capital:q5_0") == before
+    assert {model.model for model in client(host).list().models if "apital" in str(model.model)} == {"Capital:Q5_0"}
 
 
 @needs_server

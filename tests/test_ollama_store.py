@@ -113,6 +113,19 @@ def test_copies_where_links_cannot_be_made(tmp_path: Path, gguf: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_links")
+def test_blobs_of_another_content_are_mended(tmp_path: Path, gguf: Path) -> None:
+    """A flipped bit changes no size."""
+    models = tmp_path / "models"
+    made = publish(models, gguf)
+    blobs = [ollama_store.blob_path(models, layer.digest) for layer in made.layers]
+    whole = [blob.read_bytes() for blob in blobs]
+    for blob in blobs:
+        blob.write_bytes(bytes([blob.read_bytes()[0] ^ 1]) + blob.read_bytes()[1:])
+    assert publish(models, gguf) == made
+    assert [blob.read_bytes() for blob in blobs] == whole
+
+
+@pytest.mark.usefixtures("no_links")
 def test_a_copy_is_checked_on_the_way(tmp_path: Path, gguf: Path) -> None:
     with pytest.raises(StepFailed, match=r"model\.gguf has changed since it was published"):
         publish(tmp_path / "models", gguf, sha256="0" * 64)

@@ -1,8 +1,8 @@
 """The part of Go's text/template that our Ollama templates use, to check them without a server.
 
 Covers text, `{{ range $i, $x := .List }}`, `{{ if }} / {{ else if }} / {{ else }}`, `{{ $x := ... }}`, fields, string
-and integer literals, parentheses and the functions and, or, not, eq, ne, len, slice, index. No trim markers, no pipes,
-no comments: what we do not write, we do not read. Reference: https://pkg.go.dev/text/template
+and integer literals, parentheses and the functions and, or, not, eq, ne, le, len, slice, index. No trim markers, no
+pipes, no comments: what we do not write, we do not read. Reference: https://pkg.go.dev/text/template
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ FUNCTIONS: dict[str, Any] = {
     "not": lambda value: not value,
     "eq": lambda first, *others: any(first == other for other in others),
     "ne": lambda first, second: first != second,
+    "le": lambda first, second: first <= second,
     "len": len,
     "slice": lambda value, start: value[start:],
     "index": lambda value, at: value[at],

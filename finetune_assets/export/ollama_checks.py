@@ -62,7 +62,7 @@ def compare(answer: ChatResponse, expected: Expected) -> list[Check]:
     if read == expected.prompt_tokens:
         checks = [Check("prompt tokens", True, f"{read}, as in training")]
     else:
-        why = "its TEMPLATE or its begin-of-text token is not the chat template's"
+        why = "its TEMPLATE, its begin-of-text token or its tokenizer is another"
         found = f"the server reads {read} tokens where training would read {expected.prompt_tokens}: {why}"
         checks = [Check("prompt tokens", False, found)]
     if expected.tokens == 0:

@@ -11,7 +11,7 @@ from finetune_assets.errors import StepFailed
 from finetune_assets.export import ollama_checks, ollama_upload
 from finetune_assets.export.expected import Expected
 from finetune_assets.export.modelfile import OllamaModel
-from finetune_assets.export.ollama_server import digests, show
+from finetune_assets.export.ollama_server import digests, listed, show
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -59,7 +59,8 @@ def create(
     base = models[0].base
     client = Client(host=host, timeout=PATIENCE, trust_env=False)
     staging = {model.name: f"{base}:{STAGING}-{model.name.partition(':')[2]}" for model in models}
-    with _swept_at_the_end(client, host, f"{base}:{STAGING}-"):
+    moved: list[str] = []
+    with _swept_at_the_end(client, host, listed(f"{base}:{STAGING}-")):
         try:
             before = digests(host)
             for model in models:
@@ -77,25 +78,33 @@ def create(
                     )
             for model in models:
                 client.copy(staging[model.name], model.name)
+                moved.append(model.name)
             after = digests(host)
         except (ResponseError, RequestError) as error:
             raise StepFailed(
                 f"the Ollama server at {host} refused {base}: {error}",
-                "what it served before is unchanged; put its trouble right (its log says more), and run again",
+                f"{_state(moved)}; put its trouble right (its log says more), and run again",
             ) from error
         except (httpx.HTTPError, OSError, ValueError) as error:
             raise StepFailed(
                 f"the Ollama server at {host} was lost while making {base}: {error or type(error).__name__}",
-                "what it served before is unchanged; see that it is running and has room on its disk, and run again",
+                f"{_state(moved)}; see that it is running and has room on its disk, and run again",
             ) from error
         for name, under in staging.items():
-            if after.get(name) is None or after[name] != after.get(under):
+            if listed(name) not in after or after[listed(name)] != after.get(listed(under)):
                 raise StepFailed(f"the Ollama server at {host} did not put {name} in place", "its log says more")
         for name, old in (retired or {}).items():
-            if after.get(name) == old:
-                with contextlib.suppress(ResponseError, OSError):
+            if after.get(listed(name)) == old:
+                with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
                     client.delete(name)
-    return {name: Made(after[name], before.get(name)) for name in staging}
+    return {name: Made(after[listed(name)], before.get(listed(name))) for name in staging}
+
+
+def _state(moved: Sequence[str]) -> str:
+    """What the server serves after a failure."""
+    if moved:
+        return f"it serves the new {', '.join(moved)}, and no other of the new models"
+    return "what it served before is unchanged"
 
 
 def _create(client: Client, name: str, model: OllamaModel) -> None:
@@ -114,13 +123,14 @@ def _create(client: Client, name: str, model: OllamaModel) -> None:
 @contextlib.contextmanager
 def _swept_at_the_end(client: Client, host: str, prefix: str) -> Iterator[None]:
     """Whatever happens, no staging tag is left, not even one of a run that was killed."""
+    import httpx
     from ollama import ResponseError
 
     try:
         yield
     finally:
         # The server is gone: the failure that led here says more, and the next run sweeps.
-        with contextlib.suppress(ResponseError, OSError, ValueError):
+        with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
             for name in digests(host):
                 if name.startswith(prefix):
                     client.delete(name)

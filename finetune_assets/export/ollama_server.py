@@ -29,6 +29,8 @@ def parse_host(text: str) -> str:
     scheme, found, rest = text.strip().strip("\"'").partition("://")
     if not found:
         scheme, rest = "http", scheme
+    # A password or key, which no server of Ollama's asks for in its address, is to be shown nowhere.
+    rest = re.sub("[?#].*", "?***", re.sub(".*@", "***@", rest))
     port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
     place, _, path = rest.partition("/")
     if with_port := re.fullmatch(r"(\[[^]]*\]|[^:]*):(\w*)", place):
@@ -55,7 +57,8 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
     """
     if not ADDRESS.fullmatch(host):
         raise StepFailed(
-            f"{host} is no Ollama server: not an address", "write OLLAMA_HOST like 127.0.0.1:11434, or unset it"
+            f"{host} is no Ollama server: not an address",
+            "write OLLAMA_HOST like 127.0.0.1:11434, without user name, password or key, or unset it",
         )
     try:
         try:
@@ -80,17 +83,37 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
 
 def digest(host: str, name: str) -> str | None:
     """The manifest digest of a model on the server, or None where it has none of that name."""
-    return digests(host).get(name if ":" in name else f"{name}:latest")
+    return digests(host).get(listed(name))
 
 
 def digests(host: str) -> dict[str, str]:
-    """The manifest digests of all models on the server, by name and tag."""
-    return {model["name"]: model["digest"] for model in _get(host, "/api/tags", 10.0).get("models") or []}
+    """The manifest digests of all models on the server, by name and tag as `listed` writes them.
+
+    Raises:
+        OSError: it gives no answer that can be read.
+    """
+    return {listed(model["name"]): model["digest"] for model in _told(host, "/api/tags", 10.0).get("models") or []}
+
+
+def listed(name: str) -> str:
+    """One name for all that a server takes for the same model.
+
+    A server ignores case: where it has a model of the tag Q8_0, it lists each q8_0 that is made later as Q8_0, too.
+    """
+    plain = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return plain if ":" in plain else f"{plain}:latest"
 
 
 def show(host: str, name: str) -> dict[str, Any]:
-    """What the server tells about a model: template, system, parameters, modelfile and more."""
-    return _get(host, "/api/show", 60.0, {"model": name})
+    """What the server tells about a model: template, system, parameters, modelfile and more. OSError as above."""
+    return _told(host, "/api/show", 60.0, {"model": name})
+
+
+def _told(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    try:
+        return _get(host, path, seconds, body)
+    except (http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(f"its answer to {path} cannot be read ({type(error).__name__})") from error
 
 
 def _get(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import write_atomically
+from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import FILE_TYPES, read_head
 from finetune_assets.export.modelfile import OllamaModel
@@ -208,7 +209,7 @@ def _entry(media_type: str, digest: str, size: int) -> dict[str, Any]:
 def _put(models_dir: Path, data: bytes) -> tuple[str, int]:
     digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
     blob = blob_path(models_dir, digest)
-    if not _complete(blob, len(data)):
+    if not (blob.is_file() and blob.read_bytes() == data):
         write_atomically(blob, data, prefix=PARTIAL)
     return digest, len(data)
 
@@ -216,7 +217,7 @@ def _put(models_dir: Path, data: bytes) -> tuple[str, int]:
 def _link(models_dir: Path, file: Path, sha256: str) -> tuple[str, int]:
     digest, size = f"sha256:{sha256}", file.stat().st_size
     blob = blob_path(models_dir, digest)
-    if not _complete(blob, size):
+    if not (blob.is_file() and (blob.samefile(file) or digest_of_file(blob) == sha256)):
         with tempfile.TemporaryDirectory(dir=blob.parent, prefix=PARTIAL) as staging:
             link = Path(staging) / blob.name
             try:
@@ -235,7 +236,3 @@ def _copy(file: Path, target: Path, sha256: str) -> None:
             copy.write(block)
     if found.hexdigest() != sha256:
         raise StepFailed(f"{file} has changed since it was published", "materialise gguf_file again")
-
-
-def _complete(blob: Path, size: int) -> bool:
-    return blob.is_file() and blob.stat().st_size == size

@@ -37,13 +37,13 @@ def publish(
         parameters, the text of the first's Modelfile, notes on what will not be as asked for, and what `serve` returns.
 
     Raises:
-        StepFailed: no faithful TEMPLATE can be derived from the chat template, or the server fails.
+        StepFailed: no TEMPLATE renders the chat template with this system prompt, or the server fails.
     """
     from finetune_assets.export.go_template import from_gguf
 
     files = {name: (kind, gguf.metrics["types"][kind]["file"]) for name, kind in recipe.served.items()}
     first = gguf.path / files[f"{recipe.ollama.name}:latest"][1]
-    template, longest = from_gguf(first), context_of_gguf(first)
+    template, longest = from_gguf(first, recipe.system), context_of_gguf(first)
     notes = list(template.notes)
     if longest is not None and recipe.ollama.num_ctx > longest:
         notes.append(
@@ -57,7 +57,7 @@ def publish(
             for name, (kind, file) in files.items()
         },
         "template": template.text,
-        "system": recipe.system,
+        "system": template.system,
         "parameters": parameters(recipe.ollama, stop),
         "notes": notes,
     }
@@ -185,7 +185,7 @@ def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
         return f"the Ollama server at {host} cannot be asked: {error}"
     place = f"the Ollama server at {host}" if served is not None else f"the Ollama store {models}"
     for name, wanted in digests_of(facts).items():
-        found = served.get(name) if served is not None else ollama_store.read(models, name)
+        found = served.get(ollama_server.listed(name)) if served is not None else ollama_store.read(models, name)
         if found is None:
             return f"{place} has no model {_plain(name)}"
         if found != wanted:

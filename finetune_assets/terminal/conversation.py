@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from importlib import import_module
 
 from rich.console import Console
 from rich.text import Text
 
 from finetune_assets.artifacts import Artifact
-from finetune_assets.chat.engines import Engine, GgufEngine, OllamaEngine, TransformersEngine
+from finetune_assets.chat.engines import Engine, GgufEngine, Messages, OllamaEngine, TransformersEngine
 from finetune_assets.device import choose_device
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import ollama_server
@@ -24,6 +26,7 @@ STAGES = {
     "gguf": "gguf_file",
     "ollama": "ollama_model",
 }
+QUOTES = '"""'  # as in Ollama's own terminal
 
 
 @contextmanager
@@ -53,7 +56,8 @@ def _open(stage: str, recipe: Recipe, project: Project, artifacts: Mapping[str, 
     path = artifacts[needed[-1]].path
     with ExitStack() as stack:
         if stage == "gguf":
-            engine: Engine = GgufEngine(path / artifacts["gguf_file"].metrics["types"][recipe.served_type]["file"])
+            file = path / artifacts["gguf_file"].metrics["types"][recipe.served_type]["file"]
+            engine: Engine = GgufEngine(file, num_ctx=recipe.ollama.num_ctx)
         elif stage == "ollama":
             host = ollama_server.configured_host()
             if ollama_server.answers(host) is None:
@@ -61,7 +65,13 @@ def _open(stage: str, recipe: Recipe, project: Project, artifacts: Mapping[str, 
             engine = OllamaEngine(host, recipe.ollama.name)
         else:
             folder = artifacts["base_model"].path if stage == "adapter" else path
-            engine = TransformersEngine(folder, path if stage == "adapter" else None, choose_device())
+            engine = TransformersEngine(
+                folder,
+                path if stage == "adapter" else None,
+                choose_device(),
+                template=recipe.model.template,
+                trust_remote_code=recipe.model.trust_remote_code,
+            )
         yield stack.enter_context(closing(engine))
 
 
@@ -70,39 +80,93 @@ def converse(
 ) -> None:
     """Have one message answered, or hold a conversation until the input ends (Ctrl-D) or `/bye`.
 
-    Several engines answer in turn, each in a conversation of its own.
+    Several engines answer in turn, each in a conversation of its own. A message that cannot be answered, or whose
+    answer is broken off with Ctrl-C, is forgotten, and the conversation goes on.
+
+    Args:
+        system: system prompt; a model served by Ollama has its own.
+
+    Raises:
+        BadInput: `message` is empty.
+        StepFailed: `message` cannot be answered.
     """
-    opening = [{"role": "system", "content": system}] if system else []
-    talks = {stage: list(opening) for stage in engines}
-
-    def ask(text: str, *, quietly: bool) -> None:
-        for stage, engine in engines.items():
-            if len(engines) > 1:
-                console.print(Text(stage, style="bold cyan"))
-            talks[stage].append({"role": "user", "content": text})
-            talks[stage].append({"role": "assistant", "content": _say(engine, console, talks[stage], max_new_tokens)})
-            if not quietly and engine.speed is not None:
-                console.print(Text(f"{engine.speed:.1f} tokens/s", style="dim"))
-
+    if message is not None and not message.strip():
+        raise BadInput("-m: the message is empty", "write a question, or leave -m out for a conversation")
+    fresh = {stage: _opening(system) if stage != "ollama" else [] for stage in engines}
     if message is not None:
-        ask(message, quietly=len(engines) == 1)
+        _ask(engines, console, fresh, message, max_new_tokens, quietly=len(engines) == 1)
         return
     names = ", ".join(engine.name for engine in engines.values())
-    console.print(f"talking to {names}; /bye or Ctrl-D to leave, /reset to begin again", style="dim", markup=False)
+    console.print(
+        f"talking to {names}; /bye or Ctrl-D to leave, /reset to begin again, {QUOTES} around several lines",
+        style="dim",
+        markup=False,
+        highlight=False,
+    )
+    talks = fresh
     while True:
         try:
-            text = console.input("[bold]>>> [/bold]").strip()
+            text = _typed(console)
         except EOFError:
             return
         if text == "/bye":
             return
         if text == "/reset":
-            talks = {stage: list(opening) for stage in engines}
+            talks = fresh
         elif text:
-            ask(text, quietly=False)
+            try:
+                talks = _ask(engines, console, talks, text, max_new_tokens, quietly=False)
+            except KeyboardInterrupt:
+                console.print(Text("\nbroken off; the question is forgotten", style="dim"))
+            except StepFailed as error:
+                console.print(Text(f"\n{error}", style="bold red"), soft_wrap=True)
 
 
-def _say(engine: Engine, console: Console, messages: list[dict[str, str]], max_new_tokens: int) -> str:
+def _opening(system: str | None) -> Messages:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _ask(
+    engines: Mapping[str, Engine],
+    console: Console,
+    talks: Mapping[str, Messages],
+    text: str,
+    max_new_tokens: int,
+    *,
+    quietly: bool,
+) -> dict[str, Messages]:
+    """Put a question to all; the conversations with it and its answers."""
+    longer: dict[str, Messages] = {}
+    for stage, engine in engines.items():
+        if len(engines) > 1:
+            console.print(Text(stage, style="bold cyan"))
+        asked = [*talks[stage], {"role": "user", "content": text}]
+        longer[stage] = [*asked, {"role": "assistant", "content": _say(engine, console, asked, max_new_tokens)}]
+        if not quietly and engine.speed is not None:
+            console.print(Text(f"{engine.speed:.1f} tokens/s", style="dim"))
+    return longer
+
+
+def _typed(console: Console) -> str:
+    """A message: a line or, begun and ended with three double quotes, several. EOFError where the input ends."""
+    text = _line(console, ">>> ").strip()
+    if text.startswith(QUOTES):
+        text = text.removeprefix(QUOTES)
+        while not text.endswith(QUOTES):
+            text += "\n" + _line(console, "... ").rstrip()
+        text = text.removesuffix(QUOTES)
+    return text.strip()
+
+
+def _line(console: Console, prompt: str) -> str:
+    if not (console.is_terminal and sys.stdin.isatty()):
+        return console.input(prompt, markup=False)
+    with suppress(ImportError):
+        import_module("readline")  # once it is there, input() can edit wide characters and take pasted lines as one
+    return input(prompt)
+
+
+def _say(engine: Engine, console: Console, messages: Messages, max_new_tokens: int) -> str:
     answer = ""
     for piece in engine.stream(messages, max_new_tokens=max_new_tokens):
         answer += piece
