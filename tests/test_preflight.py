@@ -16,6 +16,7 @@ from finetune_assets.assets.lora_adapter import LORA_ADAPTER
 from finetune_assets.assets.raw_dataset import RAW_DATASET
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.export import converter
+from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.preflight import check_exportable
 from finetune_assets.materialise import materialise
 from finetune_assets.recipe_file import load_recipe
@@ -41,6 +42,7 @@ def start_training(project: MiniProject) -> list[str]:
     """Everything up to the moment at which training starts; what was said on the way."""
 
     def launch(job: dict[str, Any], progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        assert read_head(Path(job["vocabulary"])).get("tokenizer.ggml.tokens"), "llama.cpp is asked by it"
         raise Trained
 
     events: list[dict[str, Any]] = []

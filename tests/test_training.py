@@ -316,6 +316,7 @@ def test_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
         "base": str(base),
         "rows": str(write_rows(tmp_path / "train.jsonl", ROWS)),
         "validation": None,
+        "vocabulary": None,
         "out": str(out),
         "train": FAST,
         "model": MODEL.model_dump(),

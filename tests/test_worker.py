@@ -30,7 +30,7 @@ def test_it_trains_and_it_scores(tmp_path: Path) -> None:
     shared = {"base": str(base), "rows": str(rows), "train": TRAIN.model_dump(), "model": MODEL.model_dump()}
     events: list[dict[str, Any]] = []
 
-    train = {"task": "train", "out": str(adapter), "validation": None, "device": "cpu"}
+    train = {"task": "train", "out": str(adapter), "validation": None, "vocabulary": None, "device": "cpu"}
     assert launch.run({**shared, **train}, events.append)["steps"] == 2
     assert [event["event"] for event in events] == ["message", "message", "step", "step"]
 
@@ -49,6 +49,13 @@ def test_it_trains_and_it_scores(tmp_path: Path) -> None:
 def test_what_the_user_can_put_right_is_told_as_such(tmp_path: Path) -> None:
     base, rows = tiny_base(tmp_path / "base"), write_rows(tmp_path / "train.jsonl", [chat("Hi", "Ho")])
     section = {**TRAIN.model_dump(), "lora_target": "no_such_layer"}
-    job = {"task": "train", "base": str(base), "rows": str(rows), "validation": None, "out": str(tmp_path)}
+    job = {
+        "task": "train",
+        "base": str(base),
+        "rows": str(rows),
+        "validation": None,
+        "vocabulary": None,
+        "out": str(tmp_path),
+    }
     with pytest.raises(BadInput, match="no_such_layer"):
         launch.run({**job, "train": section, "model": MODEL.model_dump()}, lambda event: None)

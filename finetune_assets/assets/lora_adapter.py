@@ -32,10 +32,11 @@ FIGURES = {
 
 def build(step: Step) -> Made:
     data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
-    check_exportable(base.path, base.data_version, step.project.cache, step.progress)
+    vocabulary = check_exportable(base.path, base.data_version, step.project.cache, step.progress)
     job = {
         "task": "train",
         "base": str(base.path),
+        "vocabulary": str(vocabulary),
         "out": str(step.staging),
         "rows": str(data / "train.jsonl"),
         "validation": str(data / "validation.jsonl"),

@@ -110,15 +110,16 @@ def convert(
         made.replace(out_file)
 
 
-def read_vocabulary(hf_dir: Path, cache: Path) -> None:
-    """Have the converter do all but the weights: seconds, whatever the size of the model.
+def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path) -> None:
+    """Have the converter do all but the weights, into `out_file`: seconds, whatever the size of the model.
 
     Raises:
         StepFailed: it does not know the architecture or the tokenizer, or failed otherwise.
     """
     scripts = converter_dir(cache)
-    with tempfile.TemporaryDirectory(prefix="finetune-preflight-") as temporary:
-        made, options = Path(temporary) / "x.gguf", ["--vocab-only", "--outtype", "f32"]
+    out_file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=".convert-") as temporary:
+        made, options = Path(temporary) / "vocabulary.gguf", ["--vocab-only", "--outtype", "f32"]
         try:
             _run(scripts, hf_dir, options, made, hf_dir)
         except StepFailed as failure:
@@ -130,6 +131,7 @@ def read_vocabulary(hf_dir: Path, cache: Path) -> None:
                 raise failure from None
             hint = f"llama.cpp {RELEASE} ({PACKAGE}=={VERSION}) knows it: unset LLAMA_CPP_DIR to use that"
             raise StepFailed(failure.message, hint) from failure
+        made.replace(out_file)
 
 
 def _run(scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path) -> None:

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.export.converter import converter_version, read_vocabulary
+from finetune_assets.export.converter import convert_vocabulary, converter_version
 from finetune_assets.export.merge import read_json, refuse_quantised
 
 
-def check_exportable(base: Path, identity: str, cache: Path, progress: Callable[[dict[str, Any]], None]) -> None:
+def check_exportable(base: Path, identity: str, cache: Path, progress: Callable[[dict[str, Any]], None]) -> Path:
     """Prove that what is trained on `base` can be merged into it, and converted to GGUF.
 
-    Seconds for a base that this converter has not seen, milliseconds afterwards: `cache` remembers which it has.
+    Seconds for a base that this converter has not seen, milliseconds afterwards: the file stays in `cache`.
 
     Args:
         base: Hugging Face folder.
         identity: the data version of its content.
+
+    Returns:
+        A GGUF file of the base's vocabulary, without weights.
 
     Raises:
         BadInput: the base is quantised.
@@ -26,10 +29,9 @@ def check_exportable(base: Path, identity: str, cache: Path, progress: Callable[
     """
     refuse_quantised(read_json(base / "config.json"), base)
     question = f"{identity} {converter_version()}"
-    passed = cache / "convertible" / hashlib.sha256(question.encode()).hexdigest()[:32]
-    if passed.is_file():
-        return
+    vocabulary = cache / "vocabularies" / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.gguf"
+    if vocabulary.is_file():
+        return vocabulary
     progress({"event": "message", "text": "asking llama.cpp's converter whether it knows the base model"})
-    read_vocabulary(base, cache)
-    passed.parent.mkdir(parents=True, exist_ok=True)
-    passed.touch()
+    convert_vocabulary(base, vocabulary, cache)
+    return vocabulary

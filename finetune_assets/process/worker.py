@@ -2,7 +2,7 @@
 
 The extra `job` of the Pipes context says what to do: {"task": one of TASKS, "out": path, "model": that section of the
 recipe, "device": auto, cuda, mps or cpu} and, beside these,
-    train: "base", "rows", "validation": paths (validation may be null), "train": a section of the recipe;
+    train: "base", "rows", "validation", "vocabulary": paths (the last two may be null), "train": a section;
     evaluate: "base", "adapter", "rows", "test": paths, "train", "evaluate": sections of the recipe;
     merge: "base", "adapter", "held_out": paths, "export": a section of the recipe;
     imatrix: "merged", "gguf", "rows", "file": paths;
@@ -45,16 +45,21 @@ def quieten() -> None:
 
 
 def train(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    from finetune_assets.export.rehearsal import rehearse
     from finetune_assets.training import sft
 
-    section = TrainSection.model_validate(job["train"])
+    section, model = TrainSection.model_validate(job["train"]), ModelSection.model_validate(job["model"])
+    base, rows = Path(job["base"]), Path(job["rows"])
+    if job["vocabulary"]:
+        progress({"event": "message", "text": "asking llama.cpp whether it reads prompts as training does"})
+        rehearse(Path(job["vocabulary"]), base, rows, model)
     return sft.train(
-        Path(job["base"]),
-        Path(job["rows"]),
+        base,
+        rows,
         Path(job["validation"]) if job["validation"] else None,
         Path(job["out"]),
         train=section,
-        model=ModelSection.model_validate(job["model"]),
+        model=model,
         device=choose_device(section.bf16, section.fp16, job.get("device", "auto")),
         progress=progress,
     )
