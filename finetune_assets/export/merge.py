@@ -341,8 +341,9 @@ def _copy_companions(
     stop = read_json(chat_file).get("stop_token_ids", []) if chat_file.is_file() else []
     if stop:
         config = config | {"eos_token_id": stop[0]}
-        own = generation.get("eos_token_id") or []  # of the base: it may have more tokens that end an answer
-        generation["eos_token_id"] = list(dict.fromkeys([*stop, *(own if isinstance(own, list) else [own])]))
+        own = generation.get("eos_token_id")  # the base may have more tokens that end an answer
+        more = own if isinstance(own, list) else [] if own is None else [own]
+        generation["eos_token_id"] = list(dict.fromkeys([*stop, *more]))
     write_card(out, read_card(base), "A base model and an adapter, merged. Licence and languages are the base model's.")
     _write_json(out / "config.json", config)
     if generation:
