@@ -6,7 +6,7 @@ import errno
 import shutil
 from pathlib import Path
 
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import StepFailed, causes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries written in other languages raise errors of their own, which carry the system's words only.
@@ -64,10 +64,7 @@ def human_size(size: float) -> str:
 
 
 def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in numbers:
-            return True
-        if any(word in str(error) for word in words):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(
+        (isinstance(met, OSError) and met.errno in numbers) or any(word in str(met) for word in words)
+        for met in causes(error)
+    )

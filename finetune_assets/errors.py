@@ -6,6 +6,13 @@ hint) without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+LONGEST = 500  # characters shown of the text of an unforeseen error
+
 
 class FinetuneError(Exception):
     """A failure explained: what was wrong and where (`message`), and what to do about it (`hint`)."""
@@ -28,3 +35,40 @@ class BadInput(FinetuneError):
     """The recipe, the data or the command line is wrong; nothing was started."""
 
     exit_code = 2
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, as a traceback shows them, each once.
+
+    Dagster links the errors of a failed step into a ring: without a memory the walk has no end.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def unforeseen(error: Exception, what: str) -> StepFailed:
+    """Describe an error that nobody foresaw: its type, its text, and the line of this program that met it.
+
+    Args:
+        what: the work that failed, such as `demo/lora_adapter`.
+    """
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+    if isinstance(error, MemoryError):
+        return StepFailed(f"{what} failed: not enough memory{_place(error)}", "free memory, or use a smaller model")
+    return StepFailed(
+        f"{what} failed unexpectedly: {type(error).__name__}{f': {shown}' if shown else ''}{_place(error)}",
+        "run again with --debug for the traceback; Dagster's log of the step has it too",
+    )
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of this program that the error passed: ` (export/merge.py:120)`."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE):
+            return f" ({file.relative_to(PACKAGE).as_posix()}:{line})"
+    return ""

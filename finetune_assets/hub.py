@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import FinetuneError, StepFailed
+from finetune_assets.errors import FinetuneError, StepFailed, causes
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TELL_EVERY = 5.0  # seconds between two messages of how far it is
@@ -158,7 +158,7 @@ def _explained(error: Exception, name: str) -> FinetuneError:
     # errors of the system have a number; those that the hub's library makes of anything else have none
     if full is not None and (not isinstance(error, OSError) or error.errno is not None):
         return full
-    for cause in _causes(error):
+    for cause in causes(error):
         match cause:
             case errors.GatedRepoError():
                 return StepFailed(f"base model {name} is gated", "accept its terms on the hub and set HF_TOKEN")
@@ -188,9 +188,3 @@ def _explained(error: Exception, name: str) -> FinetuneError:
         f"base model {name} cannot be had: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
         "check the network, set HF_ENDPOINT to a mirror, or give a local folder as model.model_name_or_path",
     )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import FinetuneError, StepFailed, unforeseen
 from finetune_assets.observed import observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
@@ -60,8 +60,9 @@ def run_chain(
         raise StepFailed(failure.description or "a step failed") from failure
     except dg.DagsterExecutionInterruptedError:
         raise KeyboardInterrupt from None  # what it was before Dagster caught it
+    except FinetuneError:
+        raise
     except Exception as error:
         # Dagster's own history lies on that disk, too
-        if (trouble := disk_trouble(error, project.home, outcome="what was published stays")) is None:
-            raise
-        raise trouble from error
+        full = disk_trouble(error, project.home, outcome="what was published stays")
+        raise full or unforeseen(error, f"the run of {recipe.name}") from error

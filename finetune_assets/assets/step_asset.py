@@ -1,6 +1,7 @@
 """One step of a lineage as a Dagster asset: run or reuse it, report its data version and its metadata."""
 
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.keys import asset_key, read_tags, source_keys
-from finetune_assets.errors import FinetuneError
+from finetune_assets.disk import disk_trouble
+from finetune_assets.errors import FinetuneError, unforeseen
 from finetune_assets.export.elsewhere import commands as serving_commands
 from finetune_assets.lineage import NODES
 from finetune_assets.materialise import Progress, Step, materialise
@@ -60,41 +62,44 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
         pool=spec.pool,
     )
     def step(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        tell(spec.name, {"event": "begin"})
-        sign(context)
-
-        def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-            gpu = context.resources.gpu
-            with gpu.lease(progress) as lease:
-                return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
-
-        force = context.run.tags.get(FORCE_TAG) == "true"
-        forced = [spec.name] if force else []
         try:
-            check_prerequisites(recipe, project, open_store(project), _selected(recipe, context), forced=forced)
-            outcome = materialise(
-                spec.name,
-                recipe,
-                project,
-                spec.build,
-                _reporter(spec.name, context.log.info),
-                launch=launch,
-                force=force,
-            )
+            return _run(spec, recipe, project, context)
         except FinetuneError as error:
-            # Dagster shows a Failure's description instead of a traceback
-            raise dg.Failure(description=str(error), allow_retries=False) from error
-        artifact = outcome.artifact
-        tell(spec.name, {"event": "done", "reused": outcome.reused, "artifact": artifact})
-        reading = reading_of(spec.name, artifact.manifest["ingredients"])
-        upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
-        return dg.MaterializeResult(
-            data_version=dg.DataVersion(artifact.data_version),
-            metadata=page(spec, artifact, recipe, reused=outcome.reused),
-            tags=read_tags(recipe, spec.name, reading, upstreams),
-        )
+            failure = error
+        except Exception as error:  # a run ends with a message that names the asset, whatever a library raised
+            context.log.error(traceback.format_exc())
+            failure = disk_trouble(error, project.home) or unforeseen(error, f"{recipe.name}/{spec.name}")
+            failure.__cause__ = error
+        # Dagster shows a Failure's description instead of a traceback
+        raise dg.Failure(description=str(failure), allow_retries=False) from failure
 
     return step
+
+
+def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    """Make the asset, or find it up to date; report what Dagster is told."""
+    tell(spec.name, {"event": "begin"})
+    sign(context)
+
+    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        gpu = context.resources.gpu
+        with gpu.lease(progress) as lease:
+            return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
+
+    force = context.run.tags.get(FORCE_TAG) == "true"
+    forced = [spec.name] if force else []
+    check_prerequisites(recipe, project, open_store(project), _selected(recipe, context), forced=forced)
+    reporter = _reporter(spec.name, context.log.info)
+    outcome = materialise(spec.name, recipe, project, spec.build, reporter, launch=launch, force=force)
+    artifact = outcome.artifact
+    tell(spec.name, {"event": "done", "reused": outcome.reused, "artifact": artifact})
+    reading = reading_of(spec.name, artifact.manifest["ingredients"])
+    upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(artifact.data_version),
+        metadata=page(spec, artifact, recipe, reused=outcome.reused),
+        tags=read_tags(recipe, spec.name, reading, upstreams),
+    )
 
 
 def _selected(recipe: Recipe, context: dg.AssetExecutionContext) -> list[str]:

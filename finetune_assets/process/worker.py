@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from dagster_pipes import open_dagster_pipes
 
 from finetune_assets.device import choose_device
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import BadInput, FinetuneError, StepFailed
+from finetune_assets.errors import BadInput, FinetuneError, StepFailed, unforeseen
 from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
 
 Progress = Callable[[dict[str, Any]], None]
@@ -150,10 +151,12 @@ def main() -> int:
         try:
             report = TASKS[job["task"]](job, pipes.report_custom_message)
         except Exception as error:
-            # a full disk reaches us in the words of whichever library was writing
-            failure = error if isinstance(error, FinetuneError) else disk_trouble(error, Path(job["out"]))
+            failure = error if isinstance(error, FinetuneError) else None
             if failure is None:
-                raise
+                pipes.log.error(traceback.format_exc())
+                # a full disk reaches us in the words of whichever library was writing
+                full = disk_trouble(error, Path(job["out"]))
+                failure = full or unforeseen(error, f"the process at work ({job['task']})")
             kind = BadInput if isinstance(failure, BadInput) else StepFailed
             pipes.report_custom_message(
                 {"event": "error", "kind": kind.__name__, "message": failure.message, "hint": failure.hint}
