@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import FinetuneError
+from finetune_assets.set_aside import set_aside
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
-SET_ASIDE = "set-aside-"  # begins the names of strangers that stood in the way
 MANIFEST_VERSION = 1
 # What every manifest of ours holds beside its name.
 SHAPE = {"ingredients": dict, "data_version": str, "parts": dict, "files": dict, "metrics": dict, "inputs": dict}
@@ -204,7 +204,7 @@ class ArtifactStore:
         try:
             fingerprint = _pointed_to(pointer)
             if fingerprint is None and os.path.lexists(pointer):
-                _set_aside(pointer)
+                set_aside(pointer)
             if fingerprint != artifact.fingerprint:
                 write_atomically(pointer, f"{artifact.fingerprint}\n".encode())
         except OSError as error:
@@ -279,9 +279,10 @@ class ArtifactStore:
             record: what else the manifest shall say (libraries, seed, ...).
         """
         target = self.folder(recipe, asset) / fingerprint.hex
+        content = files_below(staging)
+        self.digests.settle(content.values())
         files = {
-            name: {"size": path.stat().st_size, "sha256": self.digests.file(path)}
-            for name, path in files_below(staging).items()
+            name: {"size": path.stat().st_size, "sha256": self.digests.file(path)} for name, path in content.items()
         }
         sha256 = {name: entry["sha256"] for name, entry in files.items()}
         manifest = {
@@ -302,12 +303,12 @@ class ArtifactStore:
             **record,
             "created": self._next_date(recipe, asset),
         }
-        for path in files_below(staging).values():
+        for path in content.values():
             _fsync(path)
         _write_manifest(staging, manifest)
         old = None
         if self.stranger(recipe, asset, fingerprint.hex) is not None:
-            _set_aside(target)
+            set_aside(target)
         elif target.exists():
             old = target.with_name(f"{STAGING}replaced-{fingerprint.hex}")
             target.rename(old)
@@ -380,15 +381,6 @@ def _pointed_to(pointer: Path) -> str | None:
     except (OSError, ValueError):
         return None
     return text if re.fullmatch(r"[0-9a-f]+", text) else None
-
-
-def _set_aside(path: Path) -> None:
-    """Rename what is none of ours: neither swept nor taken for an artifact, whoever looks."""
-    place, number = path.with_name(f"{SET_ASIDE}{path.name}"), 1
-    while os.path.lexists(place):
-        number += 1
-        place = path.with_name(f"{SET_ASIDE}{path.name}-{number}")
-    path.rename(place)
 
 
 def _moment(created: object) -> datetime | None:
