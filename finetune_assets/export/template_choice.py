@@ -59,7 +59,7 @@ def served_by(
     Raises:
         ValueError: the TEMPLATE is not one that a server would take, or uses syntax that `go_parse` does not cover.
     """
-    release: tuple[int, ...] = CHOOSES if version is None else _release(version)
+    release = _release(version)
     harmony = architecture in HARMONY and go_template is not None and all(mark in go_template for mark in HARMONY_MARKS)
     if harmony and release >= KNOWS_HARMONY:
         return Choice("server", f"the server renders {architecture} models itself (harmony)")
@@ -120,9 +120,9 @@ def _chosen(go_template: str, jinja: str) -> Choice:
     return Choice("template", "TEMPLATE can do all that the chat template can")
 
 
-def _release(version: str) -> tuple[int, ...]:
+def _release(version: str | None) -> tuple[int, ...]:
     """0.33.1-rc2 -> (0, 33, 1). A text without numbers is a build from source: a current one."""
-    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
+    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version or "")
     numbers = tuple(int(part) for part in found.groups(default="0")) if found else CHOOSES
     return numbers if any(numbers) else CHOOSES  # builds from source call themselves 0.0.0
 
