@@ -1,10 +1,14 @@
-"""llama.cpp's own tools, built from the sources that the pinned converter came with: what ours are held against."""
+"""llama.cpp's own tools, built from the sources that the pinned converter came with: what ours are held against.
+
+usage: python -m bench.llama_tools TOOL CACHE
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from finetune_assets.export.converter import INSIDE, PACKAGE, VERSION, WHEEL_SHA256
@@ -50,3 +54,7 @@ def llama_tool(name: str, cache: Path) -> Path:
 
 def _one_of(programs: tuple[str, ...]) -> bool:
     return any(shutil.which(program) for program in programs)
+
+
+if __name__ == "__main__":
+    print(llama_tool(sys.argv[1], Path(sys.argv[2])))

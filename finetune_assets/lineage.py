@@ -115,7 +115,7 @@ NODES: dict[str, Node] = {
             ),
             # the converter lays out tensors and metadata, llama.cpp (xllamacpp) rounds and computes
             tools=lambda: {"converter": converter_version(), **_exactly("xllamacpp")},
-            code_version="5",
+            code_version="6",
         ),
         # what the server makes of it has a digest, which the plan asks for
         Node(

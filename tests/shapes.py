@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune_assets.export.gguf_file import FILE_TYPES, Head, read_head
+from finetune_assets.export.gguf_form import write_in_form
 from finetune_assets.export.quantise import Imatrix
 
 Tensors = dict[str, tuple[int, ...]]  # name -> ggml's shape: columns first
@@ -242,6 +243,19 @@ def write(shape: Shape, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def in_form(shape: Shape, path: Path) -> Path:
+    """The model as a GGUF file in the form that ours have."""
+    plain = write(shape, path.with_suffix(".plain"))
+    write_in_form(plain, read_head(plain), path)
+    plain.unlink()
+    return path
+
+
+def joined(sha256: Iterable[str]) -> str:
+    """A digest of several."""
+    return hashlib.sha256("".join(sha256).encode()).hexdigest()[:16]
 
 
 def importance(shape: Shape) -> Imatrix:

@@ -10,14 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from finetune_assets.digests import digest_of_file
 from finetune_assets.export import quantise
 from finetune_assets.export.gguf_file import FILE_TYPES, read_head
 from finetune_assets.export.quantise import WEIGHED, make_types
 from finetune_assets.export.type_policy import tensor_types
-from tests.shapes import BYTES, SHAPES, described, digest, importance, write
+from tests.shapes import BYTES, SHAPES, described, digest, importance, in_form, joined, write
 
 REFERENCE = json.loads((Path(__file__).parent / "data/shapes.json").read_text())
 GIVEN_UP = ("some rows of 328", "some rows of 100, tied", "rows of 200", "mamba")  # rows that are no multiple of 32
+COPIED = (
+    "one layer", "nine layers, tied", "rows of 288", "some rows of 100, tied", "qwen2 72B", "falcon, tied", "phi3",
+    "gemma2", "gemma3n", "lfm2", "mamba", "rwkv6", "t5", "8 experts, tied", "qwen3moe, 12 experts", "deepseek2, split",
+)  # fmt: skip
+"""The models whose files the tests compare with llama.cpp's copies; the others' are compared in make_shapes."""
 
 
 def answers(part: str, name: str, kind: str) -> dict[bool, str]:
@@ -47,6 +53,18 @@ def test_bytes(name: str, chunk: int, tmp_path: Path, monkeypatch: pytest.Monkey
         for weighed, wanted in answers("bytes", name, kind).items():
             made = make_types(source, [kind], tmp_path, "x", importance(SHAPES[name]) if weighed else None)[kind]
             assert digest(made) == wanted, (kind, weighed)
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_llama_quantize_copies_our_files_as_they_are(name: str, tmp_path: Path) -> None:
+    """On record is the digest of what `llama-quantize COPY` made of the same files."""
+    source = in_form(SHAPES[name], tmp_path / "source.gguf")
+    made = [
+        digest_of_file(make_types(source, [kind], tmp_path, "x", importance(SHAPES[name]) if weighed else None)[kind])
+        for kind in FILE_TYPES
+        for weighed in (False, True)
+    ]
+    assert joined(made) == REFERENCE["copies"][name]
 
 
 @pytest.mark.parametrize("name", GIVEN_UP)

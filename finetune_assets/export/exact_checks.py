@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.gguf_file import Head, read_head
+from finetune_assets.export.gguf_form import short
 from finetune_assets.export.shards import Checkpoint
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def _tensors(head: Head, merged: Path, config: PreTrainedConfig) -> Iterator[Fai
     for name, wanted in shapes.items():
         if name not in held:
             yield Failure("tensors", f"no {name}", "all that the model has")
-        elif held[name].shape != wanted:
+        elif short(held[name].shape) != short(wanted):
             yield Failure("tensors", f"{name} of shape {held[name].shape}", f"{wanted}, as the model's")
     rest = {name: tensor.elements for name, tensor in held.items() if name not in shapes and name not in COMPUTED}
     # What has no name of its own, such as experts fused into one tensor, is cut up anew: the weights must add up.

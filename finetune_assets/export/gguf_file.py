@@ -11,6 +11,7 @@ import math
 import mmap
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,13 +119,17 @@ class Head:
 
     def with_tensors(self, types: list[str]) -> Head:
         """The same head for a file in which the tensors have these types, laid out one after the other."""
-        tensors: list[Tensor] = []
+        named = zip(self.tensors, types, strict=True)
+        return self.laid_out([replace(tensor, type_number=TENSOR_TYPES[name][0]) for tensor, name in named])
+
+    def laid_out(self, tensors: Sequence[Tensor]) -> Head:
+        """The same head for a file of these tensors, one after the other."""
+        made: list[Tensor] = []
         at = 0
-        for tensor, name in zip(self.tensors, types, strict=True):
-            made = replace(tensor, type_number=TENSOR_TYPES[name][0], offset=at)
-            tensors.append(made)
-            at = _aligned(at + made.nbytes, self.alignment)
-        return replace(self, tensors=tuple(tensors))
+        for tensor in tensors:
+            made.append(replace(tensor, offset=at))
+            at = _aligned(at + tensor.nbytes, self.alignment)
+        return replace(self, tensors=tuple(made))
 
     def encode(self) -> bytes:
         """The head as it stands in a file, padded to where the data begin."""

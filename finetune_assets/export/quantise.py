@@ -2,7 +2,7 @@
 
 The bytes of each tensor are the ones that llama.cpp's `llama_model_quantize` makes, with and without an importance
 matrix; the types that cannot do without one (q2_k_s, iq1 to iq3) are not made. Memory is a few blocks of rows per
-thread; the metadata are copied byte for byte.
+thread; the metadata are copied byte for byte, in the form of gguf_form.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from finetune_assets.cores import cores
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import ggml
 from finetune_assets.export.gguf_file import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.export.gguf_form import FILE_TYPE, in_form, in_order
 from finetune_assets.export.type_policy import EMBEDDINGS, tensor_types
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ SOURCES = {"f32", "f16", "bf16"}
 CHUNK = 1 << 18  # weights quantised at a time: 1 MiB in float32
 MOST_WORKERS = 32
 MOST_TEXT = 127  # bytes of a text that llama.cpp takes over from an importance matrix
-GGML_QUANTISATION_VERSION = 2
 
 # Where the float16 scales (and minima) lie in a block of each type; llama.cpp checks the same ones.
 SCALES = {
@@ -97,11 +97,11 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def _make(source: Path, head: Head, kind: str, file: Path, imatrix: Imatrix | None) -> None:
-    made = head.with_value("general.file_type", UINT32, FILE_TYPES[kind])
-    made = made.with_value("general.quantization_version", UINT32, GGML_QUANTISATION_VERSION)
+    head = replace(head, tensors=in_order(head.tensors))
+    made = head.with_value(FILE_TYPE, UINT32, FILE_TYPES[kind])
     if imatrix is not None:
         made = _telling_of(imatrix, made)
-    made = made.with_tensors(tensor_types(head, kind, imatrix is not None))
+    made = in_form(made.with_tensors(tensor_types(head, kind, imatrix is not None)))
     importance = _importance(imatrix, head, made) if imatrix is not None else {}
     encoded = made.encode()
     file.unlink(missing_ok=True)  # it may be a second name of another file

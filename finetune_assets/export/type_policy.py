@@ -7,13 +7,13 @@ gives up, because rows are no multiple of 32, we write F16.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.gguf_file import TENSOR_TYPES, Head, Tensor
+from finetune_assets.export.gguf_form import layer_of, place_of
 
 # Parts of the names of matrices that are left alone.
 KEPT = (
@@ -51,7 +51,7 @@ def tensor_types(head: Head, kind: str, with_imatrix: bool = False) -> list[str]
         _Mixture(head, kind, default, with_imatrix).choose if TENSOR_TYPES[default][1] > 1 else lambda tensor: default
     )
     chosen: dict[str, str] = {}
-    for tensor in sorted(head.tensors, key=_counting_order):
+    for tensor in sorted(head.tensors, key=place_of):  # llama.cpp's counters go by this order
         chosen[tensor.name] = _fitting(tensor, choose(tensor)) if _is_quantised(tensor) else tensor.type
     return [chosen[tensor.name] for tensor in head.tensors]
 
@@ -65,16 +65,6 @@ def _fitting(tensor: Tensor, wanted: str) -> str:
     """The wanted type, or the next one whose blocks fill the tensor's rows."""
     types = (wanted, FALLBACK.get(wanted, "F16"), "F16")
     return next(kind for kind in types if tensor.shape[0] % TENSOR_TYPES[kind][1] == 0)
-
-
-def _layer(name: str) -> int:
-    found = re.match(r"blk\.(\d+)", name)
-    return int(found[1]) if found else -1
-
-
-def _counting_order(tensor: Tensor) -> tuple[int, str]:
-    """llama.cpp goes through the tensors by layer, then by name, however they lie in the file: its counters need it."""
-    return _layer(tensor.name), tensor.name
 
 
 def _in_layers(index: int, count: int) -> bool:
@@ -182,7 +172,7 @@ class _Mixture:
         if self.model.experts <= 1:
             self.downs_seen += 1
             return self.downs_seen - 1
-        if not 0 <= (layer := _layer(name)) < self.model.layers:
+        if not 0 <= (layer := layer_of(name)) < self.model.layers:
             raise StepFailed(f"tensor {name} belongs to none of the model's {self.model.layers} layers")
         return layer
 

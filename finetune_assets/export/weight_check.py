@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from finetune_assets.cores import cores
 from finetune_assets.export.exact_checks import EXPERT, PLAIN, Failure, architecture, renamed
 from finetune_assets.export.gguf_file import Head, Tensor
+from finetune_assets.export.gguf_form import short
 from finetune_assets.export.shards import Checkpoint
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
 
     def look(name: str) -> tuple[float, str, str] | None:
         tensor, spec = held.get(name_of(name) or ""), checkpoint.spec(name)
-        if tensor is None or tensor.shape[: len(spec.shape)] != spec.shape[::-1]:
+        if tensor is None or short(tensor.shape[: len(spec.shape)]) != short(spec.shape[::-1]):
             return None
         count, expert = math.prod(spec.shape[:-1]), EXPERT.search(name)
         first = int(expert[1]) * count if expert else 0
