@@ -16,6 +16,7 @@ from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.model_card import write_card
 from finetune_assets.export.shards import SINGLE, read_index
 from finetune_assets.recipe import ModelSection
+from finetune_assets.remote_code import CODE_PATTERNS, SOURCES, gate, is_code, refuse_unknown_architecture
 
 if TYPE_CHECKING:
     from finetune_assets.hub import Announced
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
-CODE = ("*.py",)  # where the recipe trusts it
 UNWANTED = (
     "consolidated*",  # the same weights once more, in the layout of Mistral's own programs
     "adapter_*",  # transformers would put it on the model, unasked
@@ -125,6 +125,8 @@ def fetch(
         case Hub():
             facts = _download(source, model, out, progress)
     _check(out, model.model_name_or_path)
+    if not model.trust_remote_code:
+        refuse_unknown_architecture(out, f"base model {model.model_name_or_path}")
     return facts
 
 
@@ -156,8 +158,9 @@ def _dequantise(gguf: Path, out: Path) -> None:
     stated = {"license": head.get("general.license"), "language": head.get("general.languages")}
     write_card(out, stated, f"The weights of {gguf.name}, de-quantised. Licence and languages are as that file says.")
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with gate(trust=False):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # From here on this is an ordinary float32 model; with these marks left, save_pretrained refuses.
     del network.config.quantization_config
     network.hf_quantizer = None
@@ -178,7 +181,9 @@ def _download(
 ) -> dict[str, Any]:
     from finetune_assets.hub import download
 
-    folder, commit = download(source.repo_id, source.revision, (*WANTED, *_code(model)), UNWANTED, progress)
+    trust = model.trust_remote_code
+    patterns, but = ((*WANTED, SOURCES), UNWANTED) if trust else (WANTED, (*UNWANTED, *CODE_PATTERNS))
+    folder, commit = download(source.repo_id, source.revision, patterns, but, progress)
     # copied: links out of an artifact would not be whole
     for path in sorted(folder.iterdir()):
         if path.is_file() and _wanted(path.name, model):
@@ -186,12 +191,11 @@ def _download(
     return {"source": source.repo_id, "revision": commit}
 
 
-def _code(model: ModelSection) -> tuple[str, ...]:
-    return CODE if model.trust_remote_code else ()
-
-
 def _wanted(name: str, model: ModelSection) -> bool:
-    return any(map(Path(name).match, (*WANTED, *_code(model)))) and not any(map(Path(name).match, UNWANTED))
+    path = Path(name)
+    if is_code(name):
+        return model.trust_remote_code and path.match(SOURCES)
+    return any(map(path.match, WANTED)) and not any(map(path.match, UNWANTED))
 
 
 def _check(out: Path, name: str) -> None:

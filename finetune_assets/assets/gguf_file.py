@@ -55,6 +55,7 @@ def build(step: Step) -> Made:
             "general.datasets": [{"name": name} for name in step.recipe.dataset.dataset],
         },
         cache=step.project.cache,
+        trust_remote_code=step.recipe.model.trust_remote_code,
         kept=_kept(step.previous, step.ingredients),
         measure=measure if gguf.imatrix else None,
         progress=step.progress,

@@ -32,7 +32,13 @@ FIGURES = {
 
 def build(step: Step) -> Made:
     data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
-    vocabulary = check_exportable(base.path, base.data_version, step.project.cache, step.progress)
+    vocabulary = check_exportable(
+        base.path,
+        base.data_version,
+        step.project.cache,
+        step.progress,
+        trust_remote_code=step.recipe.model.trust_remote_code,
+    )
     job = {
         "task": "train",
         "base": str(base.path),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.errors import StepFailed
+from finetune_assets.remote_code import CONFIG, asked_for, explained, gate
 
 if TYPE_CHECKING:
     import torch
@@ -83,21 +84,26 @@ def load_network(folder: Path, dtype: Any, *, trust_remote_code: bool = False) -
 
     logging.disable_progress_bar()  # ours tell the progress
     try:
-        both: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError) as error:
+        with gate(trust=trust_remote_code):
+            both: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        if (failure := explained(error, f"the model {folder}", [])) is not None:
+            raise failure from error
         raise StepFailed(f"{folder}: the model cannot be loaded: {error}", _MAKE_AGAIN) from error
     network, loaded = both
     if missing := sorted(loaded["missing_keys"]):
+        asked = [] if trust_remote_code else asked_for(folder, CONFIG)
         raise StepFailed(
             f"{folder}: its files have no weights for {missing[0]} ({len(missing)} missing in all)",
-            "they do not belong to its config.json, or are of another kind of model than a causal language model",
+            "they do not belong to its config.json, or are of another kind of model than a causal language model"
+            + (f", or this model needs its own code, which is not run ({asked[0]})" if asked else ""),
         )
     return network
 
@@ -119,7 +125,8 @@ def load_model(base: Path, adapter: Path | None, device: Device, *, trust_remote
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # deprecations that two libraries have to settle among themselves
-                model = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
+                with gate(trust=trust_remote_code):
+                    model = PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise StepFailed(f"{adapter}: the adapter does not fit the model {base}: {error}", _MAKE_AGAIN) from error
     return model.to(device.torch_device).eval()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.remote_code import TOKENIZER_CONFIG, asked_for, explained, gate
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,12 +20,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     the two differ, the file decides.
 
     Raises:
+        StepFailed: the tokenizer is code that comes with the model, which is not trusted.
         OSError, ValueError: no tokenizer can be loaded from there.
     """
     from tokenizers import Tokenizer
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    tokenizer = _load(folder, trust_remote_code)
     file = folder / "tokenizer.json"
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or not file.is_file():
         return tokenizer
@@ -32,3 +35,16 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     if tokenizer(text, add_special_tokens=False)["input_ids"] == own:
         return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with gate(trust=trust):
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+        except Exception as error:  # whatever a class raises that stands in for the model's own
+            asked = [] if trust else asked_for(folder, TOKENIZER_CONFIG)
+            if (failure := explained(error, f"the tokenizer of {folder}", asked)) is not None:
+                raise failure from error
+            raise

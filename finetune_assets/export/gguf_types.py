@@ -21,6 +21,7 @@ def make_gguf(
     name: str,
     about: Mapping[str, Any],
     cache: Path,
+    trust_remote_code: bool = False,
     kept: Mapping[str, tuple[Path, str]],
     measure: Callable[[Path, Path], None] | None,
     progress: Callable[[dict[str, Any]], None],
@@ -33,6 +34,7 @@ def make_gguf(
         merged: Hugging Face folder with the chat template to embed.
         name, about: the model's name, and what else the files' metadata say; see `convert`.
         cache: where the converter is kept.
+        trust_remote_code: let the converter run the code that comes with the model.
         kept: files made earlier of the same model by the same tools: type (imatrix.gguf by its name) -> path, and
             the sha256 (hex) it had then. What is something else by now is made again.
         measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
@@ -62,7 +64,7 @@ def make_gguf(
         if source is None:
             source = out / f"{name}-{full}.gguf"
             progress({"event": "message", "text": f"converting to GGUF ({full})"})
-            convert(merged, source, full, cache, name=name, about=about)
+            convert(merged, source, full, cache, name=name, about=about, trust_remote_code=trust_remote_code)
         if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
             measure(source, matrix)
         importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None

@@ -30,6 +30,7 @@ from finetune_assets.export.shards import (
     quantised_tensor,
     write_index,
 )
+from finetune_assets.remote_code import SOURCES, is_code
 
 ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
 Progress = Callable[[dict[str, Any]], None]
@@ -108,7 +109,7 @@ def merge(
             export_size=export_size, export_dtype=export_dtype, device=device, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         report = {"method": "peft", "reason": str(reason)} | done
-    _copy_companions(base, adapter, out, config, report.pop("tied"), export_dtype)
+    _copy_companions(base, adapter, out, config, report.pop("tied"), export_dtype, trust_remote_code)
     return report | {"seconds": round(time.perf_counter() - started, 3)}
 
 
@@ -322,14 +323,23 @@ def _spec(plan: Plan, weights: Checkpoint, name: str, export_dtype: ExportDtype)
 
 
 def _copy_companions(
-    base: Path, adapter: Path, out: Path, config: dict[str, Any], tied: bool | None, export_dtype: ExportDtype
+    base: Path,
+    adapter: Path,
+    out: Path,
+    config: dict[str, Any],
+    tied: bool | None,
+    export_dtype: ExportDtype,
+    trust: bool,
 ) -> None:
-    """Tokenizer and chat files from the adapter (else the base), configurations from the base with our stop tokens."""
-    from_base = (*FROM_BASE, *FROM_ADAPTER, *(("*.py",) if "auto_map" in config else ()))
-    for folder, patterns in ((base, from_base), (adapter, FROM_ADAPTER)):
+    """Tokenizer and chat files from the adapter (else the base), configurations from the base with our stop tokens.
+
+    The model's own code comes along if it is trusted; the tokenizer's is written to the adapter with the tokenizer.
+    """
+    code = (SOURCES,) if trust else ()
+    for folder, patterns in ((base, (*FROM_BASE, *FROM_ADAPTER, *code)), (adapter, (*FROM_ADAPTER, *code))):
         for pattern in patterns:
             for file in sorted(folder.glob(pattern)):
-                if file.is_file():
+                if file.is_file() and (pattern in code or not is_code(file.name)):
                     shutil.copyfile(file, out / file.name)
     if export_dtype != "auto":
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": export_dtype}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune_assets import child_environment
 from finetune_assets.errors import StepFailed
 from finetune_assets.export.ollama_server import answers
 
@@ -54,7 +55,7 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | ours,
+                env=child_environment.for_ollama() | ours,
                 start_new_session=True,  # its runners are in its process group, and none of ours is
             )
         try:

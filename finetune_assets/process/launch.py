@@ -30,6 +30,7 @@ from dagster_pipes import (
     encode_param,
 )
 
+from finetune_assets import child_environment
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.process import guard
 
@@ -79,7 +80,7 @@ def run(
     Args:
         job: what to do; see `process.worker`.
         progress: is called with each event, in this thread.
-        env: environment variables for the child, beside those of this process.
+        env: environment variables for the child, besides those of this process that it needs (`child_environment`).
         context: the Dagster run that the job is part of.
         hear: is called with each Pipes message that is no event of ours (opened, log, closed, ...), in this thread.
         held: descriptors that stay open until everything of the child is gone, also if this process dies: of locks.
@@ -109,7 +110,11 @@ def run(
                 stderr=subprocess.STDOUT,
                 pass_fds=(context_end, messages_write, *held),
                 start_new_session=True,
-                env={**os.environ, **(env or {}), **{name: encode_param(where) for name, where in at.items()}},
+                env={
+                    **child_environment.for_worker(trust=trusted(job)),
+                    **(env or {}),
+                    **{name: encode_param(where) for name, where in at.items()},
+                },
             )
         finally:
             os.close(messages_write)  # only the child's copy is left: its end is ours too
@@ -143,6 +148,11 @@ def run(
         if report is None:
             raise _unexplained(job["task"], status, tail)
         return report
+
+
+def trusted(job: Mapping[str, Any]) -> bool:
+    """Whether the recipe trusts the code of the model that the job is about."""
+    return job.get("model", {}).get("trust_remote_code") is True
 
 
 def _filled_pipe(content: bytes) -> int:

@@ -28,7 +28,9 @@ from dagster_pipes import open_dagster_pipes
 from finetune_assets.device import choose_device
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed, unforeseen
+from finetune_assets.process.launch import trusted
 from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
+from finetune_assets.remote_code import gate
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -149,7 +151,8 @@ def main() -> int:
     with open_dagster_pipes() as pipes:
         job = pipes.get_extra("job")
         try:
-            report = TASKS[job["task"]](job, pipes.report_custom_message)
+            with gate(trust=trusted(job)):
+                report = TASKS[job["task"]](job, pipes.report_custom_message)
         except Exception as error:
             failure = error if isinstance(error, FinetuneError) else None
             if failure is None:
