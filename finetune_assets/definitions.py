@@ -5,35 +5,64 @@ A recipe that cannot be read does not hide the others: its group holds one asset
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
 
 from finetune_assets.assets.chain import bound, broken_recipe, recipe_definitions, shared_definitions
-from finetune_assets.errors import BadInput
+from finetune_assets.assets.keys import word_of
+from finetune_assets.errors import BadInput, FinetuneError, unforeseen
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
-from finetune_assets.recipe_file import load_recipe, recipe_files, refuse_rivals
+from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_name, refuse_rivals
 
 
 def load_definitions(project: Project) -> dg.Definitions:
     """The definitions of all recipes of a project."""
+    files = recipe_files(project.configs)
     recipes: dict[Path, Recipe] = {}
-    broken: dict[Path, Exception] = {}
-    for path in recipe_files(project.configs):
-        try:
+    broken: dict[Path, FinetuneError] = {}
+    for path in files:
+        with _kept(path, broken):
+            _refuse_namesakes(path, files)
             recipes[path] = load_recipe(path)
-        except BadInput as error:
-            broken[path] = error
     chains = []
     for path, recipe in recipes.items():
-        try:
+        with _kept(path, broken):
             refuse_rivals(recipe, recipes.values())
             chains.append(recipe_definitions(recipe, project))
-        except (BadInput, dg.DagsterInvalidDefinitionError) as error:
-            broken[path] = error
-    chains += [broken_recipe(path, error) for path, error in broken.items()]
+    words = {word_of(recipe_name(path)) for path in files if path not in broken}
+    for path, error in broken.items():
+        name = recipe_name(path)
+        word = word_of(name) if word_of(name) not in words else word_of(f"{name} {path.name} {len(words)}")
+        words.add(word)
+        chains.append(broken_recipe(name, word, error))
     return bound(*chains, shared_definitions([recipes[path] for path in recipes if path not in broken], project))
+
+
+@contextmanager
+def _kept(path: Path, broken: dict[Path, FinetuneError]) -> Iterator[None]:
+    """Keep what is wrong with one recipe, so that the others go on."""
+    try:
+        yield
+    except FinetuneError as error:
+        broken[path] = error
+    except Exception as error:
+        broken[path] = unforeseen(error, f"the recipe {recipe_name(path)}")
+
+
+def _refuse_namesakes(path: Path, files: Sequence[Path]) -> None:
+    """Refuse a recipe that Dagster could not keep apart from one that is named in plain ASCII.
+
+    Raises:
+        BadInput: the other file's name is this one's word.
+    """
+    name = recipe_name(path)
+    rivals = [file for file in files if recipe_name(file) == word_of(name) != name]
+    if rivals:
+        raise BadInput(f"{path}: Dagster calls it {word_of(name)}, which is {rivals[0]} too", "rename one of the files")
 
 
 defs = load_definitions(Project.find())

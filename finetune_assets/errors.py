@@ -20,9 +20,9 @@ class FinetuneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None):
-        self.message = message
-        self.hint = hint
-        super().__init__(f"{message}\n{hint}" if hint else message)
+        self.message = clean(message)
+        self.hint = clean(hint) if hint else hint
+        super().__init__(f"{self.message}\n{self.hint}" if hint else self.message)
 
 
 class StepFailed(FinetuneError):
@@ -35,6 +35,11 @@ class BadInput(FinetuneError):
     """The recipe, the data or the command line is wrong; nothing was started."""
 
     exit_code = 2
+
+
+def clean(text: str) -> str:
+    """A text as UTF-8 can carry it: bytes of a file's name that are not text become escapes such as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

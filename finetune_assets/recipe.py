@@ -7,11 +7,22 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from finetune_assets.cron import cron_problem
 
 # Largest first; the order in which tables list them.
 GGUF_TYPES = (
@@ -19,7 +30,9 @@ GGUF_TYPES = (
     *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
 DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
-RECIPE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")
+LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is called so
+NEAR = 200  # names, and letters of a name, that are looked through for what was meant
+LARGEST = 2**32  # no number of a recipe is larger; numpy takes seeds below it
 
 # YAML 1.1 reads an unquoted `no` as false; Hugging Face's strategy names use the word.
 Strategy = Annotated[Literal["no", "epoch"], BeforeValidator(lambda value: "no" if value is False else value)]
@@ -32,7 +45,26 @@ Names = Annotated[
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are checked and never changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True and false are numbers to Python, and a mistake in a recipe."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        kinds = set(get_args(kind)) | {kind}
+        given = value.values() if isinstance(value, dict) else [value]
+        if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_number_is_huge(cls, value: Any) -> Any:
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(number, int | float) and abs(number) > LARGEST:
+                raise ValueError(f"is too large (limit {LARGEST})")
+        return value
 
 
 class DatasetSection(Section):
@@ -48,6 +80,20 @@ class DatasetSection(Section):
         default=0.05, ge=0, description="Rows never trained on, for the scores: a share below 1, else a count"
     )
     seed: int = Field(default=42, description="Decides which rows are held out")
+
+    @field_validator("dataset")
+    @classmethod
+    def _named(cls, names: list[str]) -> list[str]:
+        if not all(0 < len(name) <= 200 for name in names):
+            raise ValueError("a data set's name has 1 to 200 characters")
+        return names
+
+    @field_validator("val_size", "test_size")
+    @classmethod
+    def _whole_rows(cls, size: float) -> float:
+        if size > 1 and not size.is_integer():
+            raise ValueError(f"{size:g} rows cannot be held out: give a share below 1, or a whole number of rows")
+        return size
 
 
 class ModelSection(Section):
@@ -100,8 +146,8 @@ class TrainSection(Section):
     per_device_train_batch_size: int = Field(default=8, ge=1)
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=5e-5, gt=0)
-    num_train_epochs: float = Field(default=3.0, gt=0)
-    max_steps: int = Field(default=-1, description="Stop after this many optimiser steps; -1: epochs decide")
+    num_train_epochs: float = Field(default=3.0, gt=0, le=1_000_000)
+    max_steps: int = Field(default=-1, ge=-1, description="Stop after this many optimiser steps; -1: epochs decide")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: float = Field(default=0, ge=0, description="Optimiser steps, or a share of all steps when below 1")
     weight_decay: float = Field(default=0.0, ge=0)
@@ -114,7 +160,7 @@ class TrainSection(Section):
     disable_shuffling: bool = Field(default=False, description="Train in the order of the files")
     eval_strategy: Strategy = Field(default="epoch", description="When to measure the validation loss")
     logging_steps: int = Field(default=1, ge=1)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0, lt=LARGEST)
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> TrainSection:
@@ -142,7 +188,7 @@ class EvaluateSection(Section):
 class ExportSection(Section):
     """How the merged model is written."""
 
-    export_size: float = Field(default=5, gt=0, description="Largest safetensors shard, in GB")
+    export_size: float = Field(default=5, gt=0, le=1_000_000, description="Largest safetensors shard, in GB")
     export_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="auto: the base model's own"
     )
@@ -164,7 +210,7 @@ class GgufSection(Section):
     """Which GGUF files to make."""
 
     types: Annotated[Names, Field(min_length=1, description="GGUF types, each its own file")] = ["f16", "q8_0"]
-    max_kl: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+    max_kl: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
         description="Type: how far its next-token distributions may be from the merged model's (mean KL divergence, "
         "nats per token) before the step fails; types that are not named have limits of their own",
@@ -229,8 +275,8 @@ class ScheduleSection(Section):
     @field_validator("cron")
     @classmethod
     def _five_fields(cls, cron: str | None) -> str | None:
-        if cron is not None and not re.fullmatch(r"[\dA-Za-z*,/#-]+( +[\dA-Za-z*,/#-]+){4}", cron):
-            raise ValueError(f"{cron!r} is no cron expression: minute, hour, day, month and weekday, as in '0 3 * * *'")
+        if cron is not None and (why := cron_problem(cron)) is not None:
+            raise ValueError(f"{cron!r} {why}")
         return cron
 
     @field_validator("execution_timezone")
@@ -291,8 +337,24 @@ class Recipe(Section):
         return self.model.default_system if self.ollama.system is None else self.ollama.system
 
 
+def name_problem(name: str) -> str | None:
+    """Say why a text cannot be a recipe's name; None if it can.
+
+    Names are letters of any script with their marks, digits, '_' and '-', and begin with a letter: that is a folder on
+    every disk, a word on every command line without quotes, and nothing that a terminal would take for a command.
+    Spaces, dots and signs are refused rather than replaced, because `a b` and `a-b` would become one word.
+    """
+    if len(name) > LONGEST_NAME or len(name.encode("utf-8", "surrogatepass")) > 4 * LONGEST_NAME:
+        return f"it has {len(name)} characters (limit {LONGEST_NAME})"
+    if not name or unicodedata.category(name[0])[0] != "L":
+        return "it must begin with a letter"
+    wrong = [char for char in name if char not in "_-" and unicodedata.category(char)[0] not in "LMN"]
+    return f"use letters, digits, '_' and '-' only, not {wrong[0]!a}" if wrong else None
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the nearest of the `known` names, or all of them when none is near."""
     names = list(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+    near = difflib.get_close_matches(word[:NEAR], names[:NEAR], n=1, cutoff=0.6)  # it takes their product's time
+    more = ["..."] if len(names) > NEAR else []
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join([*names[:NEAR], *more])}"

@@ -3,50 +3,64 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune_assets.errors import BadInput
-from finetune_assets.recipe import DATASETS, RECIPE_NAME, Recipe, did_you_mean
+from finetune_assets.files import why_not_regular
+from finetune_assets.recipe import DATASETS, Recipe, did_you_mean, name_problem
+from finetune_assets.recipe_yaml import Document, Path_
 
-Path_ = tuple[str | int, ...]
+SHOWN = 20  # problems listed of one file; more say no more
+LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
 
 
 def recipe_files(configs: Path) -> list[Path]:
-    """Every recipe of the project, by name."""
+    """Return every recipe of the project, by name."""
     return sorted(path for path in configs.glob("*.yaml") if not path.name.startswith((".", "_")))
 
 
+def recipe_name(path: Path) -> str:
+    """The name of a recipe by its file. Composed characters: macOS may store `é` as two, and both are one name."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def recipe_path(name: str, configs: Path) -> Path:
-    """Where the recipe of a name lies, if there is one."""
-    return configs / f"{name}.yaml"
+    """Return where the recipe of a name is, if there is one."""
+    path = configs / f"{name}.yaml"
+    if name.isascii() or os.path.lexists(path):
+        return path
+    return next((file for file in recipe_files(configs) if recipe_name(file) == recipe_name(path)), path)
 
 
 def find_recipe(spec: str, configs: Path) -> Path:
-    """The file of a recipe given by its name in `configs` or by a path.
+    """Find the file of a recipe given by its name in `configs` or by a path.
 
     Raises:
         BadInput: there is no such recipe.
     """
+    if "\0" in spec or len(os.fsencode(spec)) > LONGEST_PATH:
+        raise BadInput(f"unknown recipe {spec[:60]!r}...", "a recipe is a file in configs/ or any path ending in .yaml")
     path = Path(spec)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        own = recipe_path(path.stem, configs)
-        if path.is_file() and own.is_file() and not path.samefile(own):
+        own = recipe_path(recipe_name(path), configs)
+        if why_not_regular(path) is None and why_not_regular(own) is None and not path.samefile(own):
             raise BadInput(
                 f"{spec}: its assets would take the place of those of {own}",
                 "give the file another name: a recipe's assets are named after it",
             )
-        if path.is_file():
+        if os.path.lexists(path):
             return path
         raise BadInput(f"{spec}: no such recipe file", f"recipes of this project: {_names(configs)}")
     path = recipe_path(spec, configs)
-    if path.is_file():
+    if os.path.lexists(path):
         return path
-    known = [file.stem for file in recipe_files(configs)]
+    known = [recipe_name(file) for file in recipe_files(configs)]
     raise BadInput(
         f"unknown recipe {spec!r}{did_you_mean(spec, known) if known else ''}",
         f"a recipe is a file in {configs.name}/ (say its name) or any path ending in .yaml",
@@ -57,38 +71,38 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe.
 
     Raises:
-        BadInput: one line for each thing that is wrong, with file, line and key.
+        BadInput: one line for each thing that is wrong, with file, line and key. Whatever the file is or holds.
     """
-    text = _read(path)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        loaded = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise BadInput(f"{path}{where}: not valid YAML: {error.problem or error}") from None
-    except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(loaded, dict) or node is None:
+    document = Document(path)
+    if not document.problems and not isinstance(document.value, dict):
         raise BadInput(f"{path}: a recipe is a mapping of sections", f"sections: {', '.join(_sections())}")
-    lines: dict[Path_, int] = {}
-    problems = _walk(node, (), lines)
-    name = path.stem
-    if not RECIPE_NAME.fullmatch(name):
-        problems.append((1, f"the file's name {name!r} names the asset group: use letters, digits and '_' only"))
-    if name == DATASETS:
-        problems.append((1, f"the name {name!r} is taken by the group of the data sets: rename the file"))
-    if "name" in loaded:
-        problems.append((lines[("name",)], "name: a recipe is named by its file; remove this key"))
+    problems = [*document.problems, *((1, text) for text in _name_problems(path))]
     recipe = None
-    try:
-        recipe = Recipe.model_validate({**loaded, "name": name})
-    except ValidationError as error:
-        problems += [(_line(lines, item["loc"]), _explain(item)) for item in error.errors()]
+    if document.value is not None:
+        if "name" in document.value:
+            problems.append((document.line(("name",)), "name: a recipe is named by its file; remove this key"))
+        try:
+            recipe = Recipe.model_validate({**document.value, "name": recipe_name(path)})
+        except ValidationError as error:
+            found = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
+            problems += [(document.line(item["loc"]), _explain(item)) for item in found[: SHOWN + 1]]
     if problems or recipe is None:
-        listing = "\n".join(f"{path}:{line}: {text}" for line, text in sorted(set(problems)))
-        raise BadInput(listing)
+        listed = sorted(set(problems))
+        more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
+        raise BadInput("\n".join([*(f"{path}:{line}: {text}" for line, text in listed[:SHOWN]), *more]))
     return recipe
+
+
+def _name_problems(path: Path) -> Iterator[str]:
+    name = recipe_name(path)
+    if (why := name_problem(name)) is not None:
+        yield f"the file's name {name!r} names the recipe's assets: {why}; rename the file"
+    if name == DATASETS:
+        yield f"the name {name!r} is taken by the group of the data sets: rename the file"
+    if not name.isascii():
+        for other in recipe_files(path.parent):
+            if other.name != path.name and recipe_name(other) == name:
+                yield f"the file's name {path.name!a} is the same text as {other.name!a}: rename one of them"
 
 
 def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
@@ -123,40 +137,6 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _walk(node: yaml.Node, at: Path_, lines: dict[Path_, int]) -> list[tuple[int, str]]:
-    """Fill `lines` with the line of every key; return keys that are given twice."""
-    problems: list[tuple[int, str]] = []
-    lines[at] = lines.get(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*at, key.value)
-            if here in lines:
-                problems.append(
-                    (key.start_mark.line + 1, f"{_dotted(here)}: given twice (first in line {lines[here]})")
-                )
-            lines[here] = key.start_mark.line + 1
-            problems += _walk(value, here, lines)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            problems += _walk(value, (*at, index), lines)
-    return problems
-
-
-def _line(lines: dict[Path_, int], where: Path_) -> int:
-    while where and where not in lines:
-        where = where[:-1]
-    return lines.get(where, 1)
-
-
 def _explain(item: Any) -> str:
     """One line for one pydantic error: the key, and what to write instead."""
     where: Path_ = item["loc"]
@@ -167,13 +147,18 @@ def _explain(item: Any) -> str:
     if kind == "missing":
         return f"{key}: missing"
     if kind == "model_type" or kind == "model_attributes_type":
-        return f"{key}: must be a mapping of keys, not {item['input']!r}"
+        return f"{key}: must be a mapping of keys, not {_shown(item['input'])}"
     message = item["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message else message
     if kind == "value_error":
         return f"{key}: {message}" if key else message
-    shown = repr(item["input"])
-    return f"{key}: {message}, not {shown if len(shown) < 80 else shown[:77] + '...'}"
+    return f"{key}: {message}, not {_shown(item['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, of at most a line."""
+    shown = repr(value)
+    return shown if len(shown) < 80 else shown[:77] + "..."
 
 
 def _dotted(where: Path_) -> str:
@@ -208,4 +193,4 @@ def _sections() -> dict[str, type[BaseModel]]:
 
 
 def _names(configs: Path) -> str:
-    return ", ".join(file.stem for file in recipe_files(configs)) or "none"
+    return ", ".join(recipe_name(file) for file in recipe_files(configs)) or "none"

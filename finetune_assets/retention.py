@@ -23,8 +23,8 @@ from finetune_assets.export.serving import digests_of, served_digests, unused_bl
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import make_plan
 from finetune_assets.project import Project
-from finetune_assets.recipe import RECIPE_NAME
-from finetune_assets.recipe_file import find_recipe, load_recipe, recipe_path
+from finetune_assets.recipe import name_problem
+from finetune_assets.recipe_file import find_recipe, load_recipe, recipe_name, recipe_path
 
 Key = tuple[str, str]  # asset, fingerprint
 ORPHAN_AGE = 3600.0  # seconds: a pointer is written in milliseconds, and not always under a lock
@@ -96,9 +96,9 @@ def subjects(specs: Sequence[str], project: Project, store: ArtifactStore) -> li
     for spec in specs:
         try:
             file = find_recipe(spec, project.configs)
-            found.append(Subject(file.stem, file, named=True))
+            found.append(Subject(recipe_name(file), file, named=True))
         except BadInput:
-            if not (RECIPE_NAME.fullmatch(spec) and (store.root / spec).is_dir()):
+            if not (name_problem(spec) is None and (store.root / spec).is_dir()):
                 raise
             found.append(Subject(spec, None, named=True))
     return found

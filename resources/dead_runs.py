@@ -14,6 +14,8 @@ import dagster as dg
 import psutil
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
 
+from finetune_assets.assets.keys import word_of
+
 PROCESS_TAG = "finetune/process"
 UNFINISHED = [
     DagsterRunStatus.QUEUED,
@@ -72,7 +74,7 @@ def unfinished_run_of(recipe: str, instance: DagsterInstance) -> DagsterRun | No
     """A run that is making something of the recipe, or is about to."""
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         selected = run.asset_selection or ()
-        if run.tags.get("recipe") == recipe or any(key.path[0] == recipe for key in selected):
+        if run.tags.get("recipe") == recipe or any(key.path[0] == word_of(recipe) for key in selected):
             return run
     return None
 

@@ -9,6 +9,7 @@ import sys
 
 import dagster as dg
 
+from finetune_assets.assets.keys import word_of
 from finetune_assets.definitions import load_definitions
 from finetune_assets.lineage import NODES
 from finetune_assets.project import Project
@@ -66,10 +67,10 @@ def test_every_recipe_of_this_repository_has_a_job():
 
 
 def test_a_broken_recipe_says_why_and_does_not_hide_the_others(mini: MiniProject):
-    mini.recipe_path("broken-one").write_text("dataset: {}")
+    mini.recipe_path("broken one").write_text("dataset: {}")
     definitions = load_definitions(mini)
     graph = definitions.resolve_asset_graph()
-    broken = graph.get(dg.AssetKey(["broken_one", "recipe"]))
+    broken = graph.get(dg.AssetKey([word_of("broken one"), "recipe"]))
     assert "dataset.dataset: missing" in (broken.description or "")
     assert graph.has(dg.AssetKey(["mini", "lora_adapter"]))
 

@@ -84,12 +84,16 @@ def test_bad_input_is_explained(tmp_path: Path, text: str, words: str):
 
 
 def test_a_file_name_that_cannot_name_a_group_is_refused(tmp_path: Path):
-    assert "use letters, digits and '_' only" in complaint(tmp_path, GOOD, "my-model.yaml")
+    said = complaint(tmp_path, GOOD, "my model.yaml")
+    assert said == (
+        "my model.yaml:1: the file's name 'my model' names the recipe's assets: "
+        "use letters, digits, '_' and '-' only, not ' '; rename the file"
+    )
 
 
 def test_a_recipe_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "mini.yaml").write_bytes(b"dataset: \xff")
-    with pytest.raises(BadInput, match="not UTF-8 at byte 9"):
+    with pytest.raises(BadInput, match=r"mini.yaml:1: not UTF-8 \(byte 9\)"):
         load_recipe(tmp_path / "mini.yaml")
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import dagster as dg
 
-from finetune_assets.assets.keys import job_name
+from finetune_assets.assets.keys import asset_key, job_name
 from finetune_assets.assets.sources import dataset_nodes, values_nodes
 from finetune_assets.assets.step_asset import define
 from finetune_assets.assets.steps import STEPS
 from finetune_assets.assets.triggers import failure_sensor, observe_sensor, retrain_sensor, schedule
+from finetune_assets.errors import FinetuneError, clean
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from resources.gpu import GpuResource
@@ -23,7 +22,8 @@ def recipe_definitions(recipe: Recipe, project: Project) -> dg.Definitions:
     """Everything that Dagster shows of a recipe but its data sets."""
     job = dg.define_asset_job(
         job_name(recipe.name),
-        selection=dg.AssetSelection.groups(recipe.name),
+        # by name, as the group of one recipe's values (x_config) can be that of a second recipe
+        selection=dg.AssetSelection.assets(*(asset_key(recipe, step.name) for step in STEPS)),
         description=f"Bring every asset of the recipe {recipe.name} up to date.",
         tags={"recipe": recipe.name},
     )
@@ -48,17 +48,22 @@ def bound(*chains: dg.Definitions) -> dg.Definitions:
     )
 
 
-def broken_recipe(path: Path, error: Exception) -> dg.Definitions:
-    """A stand-in for a recipe that cannot be read: visible in the lineage, and it says why when it is run."""
-    name = re.sub(r"\W", "_", path.stem)
+def broken_recipe(name: str, word: str, error: FinetuneError) -> dg.Definitions:
+    """A stand-in for a recipe that cannot be read: visible in the lineage, and it says why when it is run.
+
+    Args:
+        word: what Dagster calls it.
+    """
+    message = str(error)
+    shown = message.replace("```", "~~~")
 
     @dg.asset(
-        key=[name, "recipe"],
-        group_name=name,
-        description=f"**This recipe cannot be read.**\n\n```\n{error}\n```",
+        key=[word, "recipe"],
+        group_name=word,
+        description=f"**The recipe {clean(name)} cannot be read.**\n\n```\n{shown}\n```",
         kinds={"yaml"},
     )
     def recipe() -> None:
-        raise dg.Failure(description=str(error), allow_retries=False)
+        raise dg.Failure(description=message, allow_retries=False)
 
     return dg.Definitions(assets=[recipe])

@@ -15,26 +15,42 @@ from finetune_assets.recipe import DATASETS, Recipe
 DATA_VERSION = "dagster/data_version"
 CODE_VERSION = "dagster/code_version"
 READ = "dagster/input_data_version/"
+PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")  # recipe names that Dagster takes as they are
+ASCII_OR_ONE = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
+LONGEST_WORD = 60
+
+
+def word_of(recipe: str) -> str:
+    """What Dagster calls a recipe: its name, or where Dagster does not take it, ASCII and a digest that keeps it apart.
+
+    `客服` is `u5ba2_u670d_` and six digits: Dagster takes ASCII letters, digits and '_' in every name. What people read
+    (the command line, artifact folders, descriptions, the tag `recipe` of runs) has the name itself.
+    """
+    if PLAIN.fullmatch(recipe):
+        return recipe
+    spelt = "_".join(part if part.isascii() else f"u{ord(part):x}" for part in ASCII_OR_ONE.findall(recipe))
+    word = re.sub(r"\W", "_", spelt, flags=re.ASCII)[:LONGEST_WORD]
+    return f"{word}_{hashlib.sha256(recipe.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 def job_name(recipe: str) -> str:
     """The job that brings every asset of a recipe up to date."""
-    return f"{recipe}_job"
+    return f"{word_of(recipe)}_job"
 
 
 def asset_key(recipe: Recipe, asset: str) -> dg.AssetKey:
-    return dg.AssetKey([recipe.name, asset])
+    return dg.AssetKey([word_of(recipe.name), asset])
 
 
 def values_key(recipe: Recipe, asset: str) -> dg.AssetKey:
     """The node of the recipe values that an asset reads."""
-    return dg.AssetKey([recipe.name, f"{asset}_config"])
+    return dg.AssetKey([word_of(recipe.name), f"{asset}_config"])
 
 
 def file_key(recipe: Recipe, dataset: str) -> dg.AssetKey:
     """The node of a data set's file and registry entry: one for all recipes that read it."""
     folder = PurePosixPath(recipe.dataset.dataset_dir)
-    above = [] if folder == PurePosixPath("data") else [_word(part) for part in folder.parts]
+    above = [] if folder == PurePosixPath("data") else [_word(part) for part in folder.parts or (".",)]
     return dg.AssetKey([DATASETS, *above, _word(dataset)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.events import observations
-from finetune_assets.assets.keys import DATA_VERSION, file_key, values_key
+from finetune_assets.assets.keys import DATA_VERSION, file_key, values_key, word_of
 from finetune_assets.errors import FinetuneError
 from finetune_assets.lineage import NODES
 from finetune_assets.observed import observe
@@ -26,7 +26,7 @@ def values_nodes(recipe: Recipe, project: Project) -> dg.AssetsDefinition:
         dg.AssetSpec(
             values_key(recipe, node.name),
             description=f"What `{node.name}` reads of the recipe: {', '.join(f'`{read}`' for read in node.reads)}.",
-            group_name=f"{recipe.name}_config",
+            group_name=f"{word_of(recipe.name)}_config",
             kinds={"yaml"},
         )
         for node in NODES.values()
@@ -35,7 +35,7 @@ def values_nodes(recipe: Recipe, project: Project) -> dg.AssetsDefinition:
     def observe_values(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
         yield from _seen(context, [recipe], project)
 
-    return _observable(f"{recipe.name}__config", specs, observe_values)
+    return _observable(f"{word_of(recipe.name)}__config", specs, observe_values)
 
 
 def dataset_nodes(recipes: Sequence[Recipe], project: Project) -> list[dg.AssetsDefinition]:

@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
-from finetune_assets.assets.keys import asset_key, read_tags, source_keys
+from finetune_assets.assets.keys import asset_key, read_tags, source_keys, word_of
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import FinetuneError, unforeseen
 from finetune_assets.export.elsewhere import commands as serving_commands
@@ -53,8 +53,8 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
     @dg.asset(
         key=asset_key(recipe, spec.name),
         deps=[*source_keys(recipe, spec.name), *(asset_key(recipe, up.asset) for up in node.upstreams)],
-        group_name=recipe.name,
-        description=spec.description,
+        group_name=word_of(recipe.name),
+        description=_described(spec, recipe),
         kinds=spec.kinds,
         owners=["team:fine-tuning"],
         code_version=node.code_version,
@@ -74,6 +74,11 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
         raise dg.Failure(description=str(failure), allow_retries=False) from failure
 
     return step
+
+
+def _described(spec: StepAsset, recipe: Recipe) -> str:
+    named = word_of(recipe.name) == recipe.name
+    return spec.description if named else f"{spec.description} Of the recipe {recipe.name}."
 
 
 def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExecutionContext) -> dg.MaterializeResult:

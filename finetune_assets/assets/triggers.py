@@ -8,12 +8,12 @@ import dagster as dg
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
 from finetune_assets.assets.events import news
-from finetune_assets.assets.keys import asset_key, job_name
-from finetune_assets.errors import FinetuneError
+from finetune_assets.assets.keys import asset_key, job_name, word_of
+from finetune_assets.errors import FinetuneError, clean, unforeseen
 from finetune_assets.observed import Observed, observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
-from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_path
+from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_name, recipe_path
 from resources.dead_runs import end_dead_runs, unfinished_run_of
 from resources.webhook import WebhookResource
 
@@ -25,7 +25,7 @@ def retrain_sensor(recipe: Recipe, project: Project) -> dg.SensorDefinition:
     """Starts a run for what is stale of a recipe: one for each target, never beside another run of the recipe."""
 
     @dg.sensor(
-        name=f"{recipe.name}_retrain",
+        name=f"{word_of(recipe.name)}_retrain",
         job_name=job_name(recipe.name),
         minimum_interval_seconds=recipe.schedule.minimum_interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING if recipe.schedule.on_change else dg.DefaultSensorStatus.STOPPED,
@@ -65,7 +65,7 @@ def schedule(recipe: Recipe, project: Project) -> dg.ScheduleDefinition:
     """Runs what is stale of a recipe at the times of `schedule.cron`, whether or not it failed the last time."""
 
     @dg.schedule(
-        name=f"{recipe.name}_schedule",
+        name=f"{word_of(recipe.name)}_schedule",
         job_name=job_name(recipe.name),
         cron_schedule=str(recipe.schedule.cron),
         execution_timezone=recipe.schedule.execution_timezone,
@@ -94,8 +94,9 @@ def observe_sensor(project: Project) -> dg.SensorDefinition:
         for path in recipe_files(project.configs):
             try:
                 events += news(observe(load_recipe(path), project), context.instance)
-            except FinetuneError as error:
-                broken.append(f"{path.stem}: {error}")
+            except Exception as error:  # whatever is wrong with one recipe, the others are looked at
+                known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
+                broken.append(f"{clean(recipe_name(path))}: {known}")
                 context.log.warning(broken[-1])
         unique = {(event.asset_key, str(event.tags)): event for event in events}  # recipes share data sets
         return dg.SensorResult(
@@ -116,7 +117,7 @@ def failure_sensor() -> dg.SensorDefinition:
         webhook.post_failure(
             recipe=context.dagster_run.tags.get("recipe"),
             run_id=context.dagster_run.run_id,
-            asset="/".join(steps[0].split("__")) if steps else None,
+            asset=_asset_of(steps[0], context.dagster_run.tags.get("recipe")) if steps else None,
             message=_cause(context),
         )
         return None
@@ -144,6 +145,12 @@ def _last_attempt(recipe: str, instance: DagsterInstance) -> DagsterRun | None:
 def _in_words(observed: Observed) -> str:
     first = observed.plan[observed.stale[0]]
     return f"{first.asset} is {first.state}: {'; '.join(first.reasons)}"
+
+
+def _asset_of(step: str, recipe: str | None) -> str:
+    """`demo/lora_adapter` of the step `demo__lora_adapter`; with the recipe's own name where the run has it."""
+    word, _, asset = step.rpartition("__")
+    return f"{recipe or word}/{asset}"
 
 
 def _cause(context: dg.RunFailureSensorContext) -> str:

@@ -1,0 +1,67 @@
+"""Cron expressions: whether Dagster can follow one.
+
+The usual ones are judged here, because loading Dagster takes seconds and `finetune plan` does not need it otherwise.
+Every other expression is judged by Dagster itself, whose croniter knows more (`L`, `#`, wrapped ranges).
+"""
+
+from __future__ import annotations
+
+import calendar
+import re
+
+MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_abbr) if name}
+WEEKDAYS = dict(zip(("sun", "mon", "tue", "wed", "thu", "fri", "sat"), range(7), strict=True))
+FIELDS: tuple[tuple[int, int, dict[str, int]], ...] = (
+    (0, 59, {}),
+    (0, 23, {}),
+    (1, 31, {}),
+    (1, 12, MONTHS),
+    (0, 7, WEEKDAYS),
+)
+ITEM = re.compile(r"(?:(\*)|([0-9]{1,2}|[a-z]{3})(?:-([0-9]{1,2}|[a-z]{3}))?)(?:/([0-9]{1,2}))?")
+DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+FORM = re.compile(r"[\dA-Za-z*,/#-]{1,200}(?: +[\dA-Za-z*,/#-]{1,200}){4}")
+
+
+def cron_problem(expression: str) -> str | None:
+    """Say what is wrong with a cron expression of five fields; None if Dagster can follow it."""
+    fields = expression.lower().split()
+    if not FORM.fullmatch(expression):
+        return "is no cron expression: minute, hour, day, month and weekday, as in '0 3 * * *'"
+    usual = [_values(text, *limits) for text, limits in zip(fields, FIELDS, strict=True)]
+    if None in usual:
+        return None if _dagster_takes(expression) else "is no cron expression that Dagster can follow"
+    days, months = usual[2] or set(), usual[3] or set()
+    if fields[4] == "*" and all(min(days) > DAYS[month - 1] for month in months):
+        return "names a day that none of its months has"
+    return None
+
+
+def _values(text: str, least: int, most: int, names: dict[str, int]) -> set[int] | None:
+    """The values of one field; None where it is not of the usual kind."""
+    values: set[int] = set()
+    for item in text.split(","):
+        if (match := ITEM.fullmatch(item)) is None:
+            return None
+        every, first, last, step = match.groups()
+        low = least if every else _number(first, names)
+        high = most if every or (step and not last) else low if last is None else _number(last, names)
+        stride = int(step or 1)
+        if low is None or high is None or not least <= low <= high <= most or not 1 <= stride <= most:
+            return None
+        values |= set(range(low, high + 1, stride))
+    return values
+
+
+def _number(text: str, names: dict[str, int]) -> int | None:
+    return int(text) if text.isdecimal() else names.get(text)
+
+
+def _dagster_takes(expression: str) -> bool:
+    import dagster as dg
+
+    try:
+        dg.ScheduleDefinition(name="check", job_name="check", cron_schedule=expression)
+    except dg.DagsterInvalidDefinitionError:
+        return False
+    return True
