@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, get_args
 from zoneinfo import ZoneInfo
 
@@ -42,6 +42,13 @@ Names = Annotated[
 ]
 
 
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """A type and the types inside it: int and None of `int | None`."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _kinds(part)
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are checked and never changed afterwards."""
 
@@ -51,8 +58,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """True and false are numbers to Python, and a mistake in a recipe."""
-        kind = cls.model_fields[str(info.field_name)].annotation
-        kinds = set(get_args(kind)) | {kind}
+        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
         given = value.values() if isinstance(value, dict) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
             raise ValueError(f"must be a number, not {str(value).lower()}")

@@ -172,7 +172,8 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
 def _not_yaml(path: Path, error: yaml.MarkedYAMLError) -> BadInput:
     mark = error.problem_mark or error.context_mark
     where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-    return BadInput(f"{path}{where}: not valid YAML: {error.problem or error}")
+    context = f"{error.context}, " if (error.context or "").startswith("expected a single") else ""
+    return BadInput(f"{path}{where}: not valid YAML: {context}{error.problem or error}")
 
 
 def _word(key: yaml.Node) -> str:
