@@ -16,6 +16,7 @@ from docs.screenshots import webserver
 from resources import webhook
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 from tests.history_fixtures import plan_of
+from tests.hostile_recipes import KINDS, put
 from tests.webhook_receiver import Receiver
 
 WAIT = 240.0  # seconds; a tick comes every few seconds, a tiny chain takes half a minute
@@ -54,9 +55,20 @@ def receiver(monkeypatch: pytest.MonkeyPatch) -> Receiver:
     return receiver
 
 
+def no_neighbours(project: MiniProject) -> None:
+    """The recipe is alone."""
+
+
+def hostile_neighbours(project: MiniProject) -> None:
+    """Beside the recipe lie bad ones of every kind."""
+    for kind in KINDS:
+        put(project.configs, kind)
+
+
 @pytest.fixture
-def daemon(tmp_path: Path, tiny_base: Path, receiver: Receiver) -> Iterator[Daemon]:
+def daemon(tmp_path: Path, tiny_base: Path, receiver: Receiver, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     project = make_mini(tmp_path, base=tiny_base)
+    getattr(request, "param", no_neighbours)(project)
     project.cache.mkdir(parents=True)
     (project.cache / "wheels").symlink_to(shared_cache() / "wheels")
     shutil.copyfile(REPOSITORY / "dagster_home" / "dagster.yaml", project.home / "dagster.yaml")
@@ -116,3 +128,21 @@ def test_a_recipe_is_kept_up_to_date(daemon: Daemon, receiver: Receiver):
     assert daemon.runs()[3].is_success and fresh()
     assert steps_of_last_run()[:2] == ["raw_dataset", "dataset_info"]
     assert plan_of(project)["lora_adapter"].wanted == adapter, "the same rows: nothing was trained"
+
+
+@pytest.mark.parametrize("daemon", [hostile_neighbours], indirect=True)
+def test_bad_recipes_beside_a_good_one(daemon: Daemon):
+    project = daemon.project
+    wait_for("the good recipe's sensor starts a run", lambda: daemon.runs() and daemon.runs()[-1].is_finished)
+    assert daemon.runs()[0].is_success
+    assert {item.state for item in plan_of(project).values()} == {"fresh"}
+
+    def told() -> str:
+        return "".join(str(tick.skip_reason) for tick in daemon.ticks("observe"))
+
+    wait_for("the observing sensor names every bad one", lambda: all(f"{kind}.yaml" in told() for kind in KINDS))
+    assert not [tick.error for tick in daemon.ticks("observe") if tick.error]
+    assert not [tick.error for tick in daemon.ticks("mini_retrain") if tick.error]
+    project.edit(ollama={"system": "Be brief."})
+    wait_for("an edit of the good one is seen", lambda: len(daemon.runs()) == 2 and daemon.runs()[-1].is_finished)
+    assert daemon.runs()[1].is_success
