@@ -8,6 +8,7 @@ from typing import Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.errors import StepFailed
+from finetune_assets.export.serving import OWN_STORE
 from finetune_assets.lineage import NODES
 
 # The metrics worth reading first; a dot leads into a mapping.
@@ -100,4 +101,6 @@ def _main(asset: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
             value = value.get(part) if isinstance(value, Mapping) else None
         if value is not None:
             found[name] = value
+    if "place" in found and metrics.get("where") == "store":
+        found["place"] = OWN_STORE  # an earlier release recorded the folder of its day
     return found

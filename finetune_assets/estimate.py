@@ -82,7 +82,15 @@ def costs(
         announced: what a hub says of a base model that was never made.
     """
     known = _Known(recipe, project, plan, store, announced)
-    return {name: COSTS[name](known) for name, item in plan.items() if item.state != "fresh" or name in also}
+    return {name: _cost(name, known) for name, item in plan.items() if item.state != "fresh" or name in also}
+
+
+def _cost(name: str, known: _Known) -> Cost:
+    """Unknown where a past run's record says less than this release would, or something else."""
+    try:
+        return COSTS[name](known)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        return Cost(None, None)
 
 
 def total(plan: Mapping[str, Planned], found: Mapping[str, Cost]) -> Total:

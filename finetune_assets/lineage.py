@@ -122,7 +122,7 @@ NODES: dict[str, Node] = {
             "ollama_model",
             reads=("ollama", "model.default_system"),
             upstreams=(Upstream("gguf_file", lambda recipe: tuple(dict.fromkeys(recipe.served.values()))),),
-            code_version="3",
+            code_version="4",
         ),
     )
 }

@@ -104,6 +104,7 @@ def materialise(
         made = body(step)
         if sources_of(node, recipe, project, store.digests) != sources:
             raise StepFailed(f"what {recipe.name}/{asset} reads was changed while it was read", "run again")
+        _still_whole(recipe, inputs, store)
         record = {
             "seed": recipe.train.seed,
             "seconds": round(time.monotonic() - started, 1),
@@ -128,6 +129,21 @@ def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: Artif
     if (damage := found.damage(store.digests)) is not None:
         raise StepFailed(f"{recipe.name}/{asset} is damaged: {damage}", f"materialise {recipe.name}/{asset} again")
     return found
+
+
+def _still_whole(recipe: Recipe, inputs: Mapping[str, Artifact], store: ArtifactStore) -> None:
+    """Look at the inputs again. Files that the step linked to are read once more here, so that no plan has to.
+
+    Raises:
+        StepFailed: one was changed while the step read it.
+    """
+    for name, used in inputs.items():
+        store.digests.settle(used.path / file for file in used.manifest["files"])
+        if (damage := used.damage(store.digests)) is not None:
+            raise StepFailed(
+                f"{recipe.name}/{name} was changed while it was read: {damage}",
+                f"materialise {recipe.name}/{name} again",
+            )
 
 
 def _agree(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:

@@ -53,6 +53,7 @@ class Observed:
     """A recipe, what a run of it would do, and what it reads, all of one moment."""
 
     recipe: Recipe
+    project: Project
     plan: Mapping[str, Planned]
     readings: Mapping[str, Reading]
 
@@ -85,4 +86,4 @@ def observe(recipe: Recipe, project: Project) -> Observed:
         published = item.wanted is not None and store.get(recipe.name, name, item.wanted) is not None
         trouble = "; ".join(item.reasons) if published and item.state != "fresh" else None
         readings[name] = reading_of(name, ingredients, trouble)
-    return Observed(recipe, plan, readings)
+    return Observed(recipe, project, plan, readings)

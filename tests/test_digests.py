@@ -15,9 +15,13 @@ from pathlib import Path
 import pytest
 
 from finetune_assets import digests
+from finetune_assets.artifacts import Made
 from finetune_assets.digests import DigestCache, digest_of_file
+from finetune_assets.errors import StepFailed
+from finetune_assets.materialise import Step, materialise
+from finetune_assets.recipe_file import load_recipe
 from tests.conftest import MiniProject
-from tests.history_fixtures import make_chain, plan_of, store_of
+from tests.history_fixtures import make_chain, plan_of, stand_in, store_of
 
 
 def sha256(content: bytes) -> str:
@@ -152,11 +156,10 @@ def test_a_new_hard_link_is_one_reading_more(tmp_path: Path, reads: list[str]):
 
 
 def test_plans_after_each_other_read_nothing_again(mini: MiniProject, reads: list[str]):
-    """Published files are remembered at once; those that our Ollama store links to, after one more reading."""
+    """Published files are remembered at once; those that our Ollama store links to are read again by that step."""
     made = make_chain(mini)
-    reads.clear()
-    assert {item.state for item in plan_of(mini).values()} == {"fresh"}
-    assert set(reads) <= {"mini-f16.gguf", "mini-q8_0.gguf"}, "the only files with a new link"
+    assert (made["gguf_file"].path / "mini-f16.gguf").stat().st_nlink == 2
+    assert (reads.count("mini-f16.gguf"), reads.count("mini-q8_0.gguf")) == (2, 1)
     reads.clear()
     for _ in range(2):
         assert {item.state for item in plan_of(mini).values()} == {"fresh"}
@@ -173,6 +176,22 @@ def test_an_edit_of_a_published_file_that_keeps_its_times(mini: MiniProject):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     found = plan_of(mini)["merged_model"]
     assert found.reasons == ("the content of weights.json has changed since it was published",)
+
+
+def test_an_input_that_changes_while_it_is_read(mini: MiniProject):
+    make_chain(mini, upto="base_model")
+    made = make_chain(mini, upto="dataset_info")
+    recipe = load_recipe(mini.recipe_path())
+
+    def harm(step: Step) -> Made:
+        overwrite(made["dataset_info"].path / "train.jsonl", b"#")
+        return stand_in(step)
+
+    with pytest.raises(
+        StepFailed, match=r"mini/dataset_info was changed while it was read: the content of train\.jsonl"
+    ):
+        materialise("lora_adapter", recipe, mini, harm, lambda event: None)
+    assert not store_of(mini).published("mini", "lora_adapter")
 
 
 def truncated(file: Path) -> None:

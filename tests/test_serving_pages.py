@@ -74,7 +74,7 @@ def body(call: dict[str, Any]) -> dict[str, Any]:
 
 def test_ollama_from_our_own_store(chain: tuple[MiniProject, dict[str, Artifact]], shell: dict[str, str]) -> None:
     project, made = chain
-    lines = commands("ollama_model", made["ollama_model"], recipe_of(project))
+    lines = commands("ollama_model", made["ollama_model"], recipe_of(project), project.ollama_models)
     assert lines[0] == "# no Ollama server answered at http://127.0.0.1:9"
     serve, *runs, curl = called(lines, shell)
     assert serve["words"] == ["serve"] and serve["environment"] == {"OLLAMA_MODELS": str(project.ollama_models)}
@@ -86,15 +86,15 @@ def test_ollama_from_our_own_store(chain: tuple[MiniProject, dict[str, Artifact]
 
 def test_ollama_on_a_server(shell: dict[str, str]) -> None:
     facts = {"name": "mini", "models": {"mini:latest": {}, "mini:q8_0": {}}, "where": "server"}
-    assert ollama({**facts, "place": OLLAMA}) == ["ollama run mini", "ollama run mini:q8_0"]
-    (call, _) = called(ollama({**facts, "place": "https://gpu.local:443/my ollama"}), shell)
+    assert ollama({**facts, "place": OLLAMA}, Path("models")) == ["ollama run mini", "ollama run mini:q8_0"]
+    (call, _) = called(ollama({**facts, "place": "https://gpu.local:443/my ollama"}, Path("models")), shell)
     assert call["environment"] == {"OLLAMA_HOST": "https://gpu.local:443/my ollama"}
 
 
 def test_llama_server_and_vllm(chain: tuple[MiniProject, dict[str, Artifact]], shell: dict[str, str]) -> None:
     project, made = chain
     recipe, merged = recipe_of(project), made["merged_model"].path
-    lines = commands("gguf_file", made["gguf_file"], recipe)
+    lines = commands("gguf_file", made["gguf_file"], recipe, project.ollama_models)
     assert lines[0] == "# or with one of mini-f16.gguf in its place:"
     serve, curl = called(lines, shell)
     served = str(made["gguf_file"].path / "mini-q8_0.gguf")
@@ -106,7 +106,7 @@ def test_llama_server_and_vllm(chain: tuple[MiniProject, dict[str, Artifact]], s
     asked = {"model": "mini", "stop": ["it's", "好"], "top_k": 1, "messages": messages}
     assert curl["words"][0] == f"{LLAMA_SERVER}/v1/chat/completions" and body(curl) == {**asked, "repeat_penalty": 1.5}
 
-    serve, curl = called(commands("merged_model", made["merged_model"], recipe), shell)
+    serve, curl = called(commands("merged_model", made["merged_model"], recipe, project.ollama_models), shell)
     assert serve["words"] == [
         *("serve", str(merged), "--served-model-name", "mini", "--chat-template", str(merged / "chat_template.jinja")),
         *["--max-model-len", "512", "--host", "127.0.0.1", "--port", "8000"],  # vLLM refuses more than the model has
@@ -118,14 +118,14 @@ def test_llama_server_and_vllm(chain: tuple[MiniProject, dict[str, Artifact]], s
 def test_pages_and_command_line(chain: tuple[MiniProject, dict[str, Artifact]]) -> None:
     project, made = chain
     said = finetune(project, "artifacts", "mini").stdout
-    pages = {step.name: page(step, made[step.name], recipe_of(project), reused=False) for step in STEPS
+    pages = {step.name: page(step, made[step.name], recipe_of(project), project, reused=False) for step in STEPS
              if step.name in ("merged_model", "ollama_model")}  # fmt: skip
     for name in ("merged_model", "gguf_file", "ollama_model"):
-        lines = commands(name, made[name], recipe_of(project))
+        lines = commands(name, made[name], recipe_of(project), project.ollama_models)
         assert "\n".join([f"serve {name}", *(f"  {line}" for line in lines)]) in said
         if name in pages:
             assert pages[name]["serve it"].value == "\n".join(["```bash", *lines, "```"])
-    assert not commands("lora_adapter", made["lora_adapter"], recipe_of(project))
+    assert not commands("lora_adapter", made["lora_adapter"], recipe_of(project), project.ollama_models)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="no curl he
 def test_a_real_ollama_answers_them(small: tuple[MiniProject, dict[str, Artifact]]) -> None:
     project, made = small
     with serving(project.ollama_models) as host:
-        lines = commands("ollama_model", made["ollama_model"], recipe_of(project))
+        lines = commands("ollama_model", made["ollama_model"], recipe_of(project), project.ollama_models)
         answer = first_words(lines, OLLAMA, host)
     assert answer["model"] == "mini" and answer["choices"][0]["message"]["content"], answer
     assert answer["usage"]["prompt_tokens"] > len(SYSTEM) / 2, "the system message is the model's"
@@ -167,7 +167,7 @@ def test_a_real_ollama_answers_them(small: tuple[MiniProject, dict[str, Artifact
 @needs_curl
 def test_a_real_llama_server_answers_them(small: tuple[MiniProject, dict[str, Artifact]]) -> None:
     project, made = small
-    lines = commands("gguf_file", made["gguf_file"], recipe_of(project))
+    lines = commands("gguf_file", made["gguf_file"], recipe_of(project), project.ollama_models)
     address = f"http://127.0.0.1:{free_port()}"
     start = lines[0].replace("--port 8080", f"--port {address.rpartition(':')[2]}")
     with subprocess.Popen(shlex.split(start), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

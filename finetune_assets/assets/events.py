@@ -48,7 +48,9 @@ def news(observed: Observed, instance: DagsterInstance) -> list[Event]:
         record = instance.get_latest_materialization_event(key)
         if _differs(record.asset_materialization if record else None, tags):
             found.append(
-                dg.AssetMaterialization(key, metadata=page(step, artifact, observed.recipe, reused=True), tags=tags)
+                dg.AssetMaterialization(
+                    key, metadata=page(step, artifact, observed.recipe, observed.project, reused=True), tags=tags
+                )
             )
     return found
 

@@ -9,7 +9,8 @@ import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.export.serving import publish
+from finetune_assets.export.modelfile import modelfile
+from finetune_assets.export.serving import OWN_STORE, publish, recorded
 from finetune_assets.materialise import Step
 
 
@@ -28,12 +29,19 @@ def build(step: Step) -> Made:
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     facts = artifact.metrics
+    place = OWN_STORE if facts["where"] == "store" else facts["place"]
     return {
         "models": table([_row(name, facts) for name in facts["models"]]),
-        "served from": dg.MetadataValue.text(f"{facts['where']} {facts['place']}"),
-        "Modelfile": dg.MetadataValue.md(f"````\n{facts['modelfile']}````"),
+        "served from": dg.MetadataValue.text(f"{facts['where']} {place}"),
+        "Modelfile": dg.MetadataValue.md(f"````\n{_of_the_moment(artifact)}````"),
         "notes": dg.MetadataValue.md("\n".join(f"- {note}" for note in facts["notes"]) or "none"),
     }
+
+
+def _of_the_moment(artifact: Artifact) -> str:
+    """The Modelfile as it can be used from anywhere: FROM names the weights where they are now."""
+    weights = artifact.path.parent.parent / "gguf_file" / artifact.inputs["gguf_file"]
+    return modelfile(next(iter(recorded(artifact.metrics, weights).values())))
 
 
 def _row(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:

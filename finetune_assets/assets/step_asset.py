@@ -102,7 +102,7 @@ def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExe
     upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.data_version),
-        metadata=page(spec, artifact, recipe, reused=outcome.reused),
+        metadata=page(spec, artifact, recipe, project, reused=outcome.reused),
         tags=read_tags(recipe, spec.name, reading, upstreams),
     )
 
@@ -113,17 +113,28 @@ def _selected(recipe: Recipe, context: dg.AssetExecutionContext) -> list[str]:
     return [name for name in NODES if not selected or asset_key(recipe, name) in selected]
 
 
-def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, *, reused: bool) -> dict[str, Any]:
-    """The metadata of an artifact for the asset's page."""
-    commands = serving_commands(spec.name, artifact, recipe)
+def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, project: Project, *, reused: bool) -> dict[str, Any]:
+    """The metadata of an artifact for the asset's page. Paths in it are those of the moment."""
+    commands = serving_commands(spec.name, artifact, recipe, project.ollama_models)
     return {
-        **spec.describe(artifact),
+        **_described(spec, artifact),
         **({"serve it": dg.MetadataValue.md("\n".join(["```bash", *commands, "```"]))} if commands else {}),
         "artifact": dg.MetadataValue.path(artifact.path),
         "fingerprint": artifact.fingerprint,
-        "seconds to build": float(artifact.manifest["seconds"]),
+        "seconds to build": float(artifact.manifest.get("seconds") or 0),
         "already published": reused,
     }
+
+
+def _described(spec: StepAsset, artifact: Artifact) -> Mapping[str, Any]:
+    """What the asset says of its artifact; all that is on record as it is, where an earlier release recorded less."""
+    try:
+        return spec.describe(artifact)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return {
+            "not described": dg.MetadataValue.text(f"its manifest lacks what this page shows: {error!r}"),
+            "on record": dg.MetadataValue.json(dict(artifact.metrics)),
+        }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.artifacts import Artifact
+from finetune_assets.errors import FinetuneError
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.recipe import Recipe
 
@@ -23,13 +24,24 @@ QUESTION = "Who are you?"
 THEN = "# and, while that runs, in another terminal:"
 
 
-def commands(asset: str, artifact: Artifact, recipe: Recipe) -> list[str]:
-    """Lines for a shell that serve an asset's artifact and ask it something; none for what cannot be served."""
+def commands(asset: str, artifact: Artifact, recipe: Recipe, models: Path) -> list[str]:
+    """Lines for a shell that serve an asset's artifact and ask it something; none for what cannot be served.
+
+    Args:
+        models: our own Ollama model store, where it is now.
+    """
+    try:
+        return _commands(asset, artifact, recipe, models)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, FinetuneError) as error:
+        return [f"# cannot be served: {' '.join(str(error).split()) or type(error).__name__}"]
+
+
+def _commands(asset: str, artifact: Artifact, recipe: Recipe, models: Path) -> list[str]:
     match asset:
         case "ollama_model":
             facts = artifact.metrics
             address = OLLAMA if facts["where"] == "store" else facts["place"]
-            return [*ollama(facts), _ask(address, {"model": facts["name"]}, [])]
+            return [*ollama(facts, models), _ask(address, {"model": facts["name"]}, [])]
         case "gguf_file":
             return _llama_server(artifact, recipe)
         case "merged_model":
@@ -37,13 +49,17 @@ def commands(asset: str, artifact: Artifact, recipe: Recipe) -> list[str]:
     return []
 
 
-def ollama(facts: Mapping[str, Any]) -> list[str]:
-    """How to talk to what `serving.publish` put in place, in Ollama's own terminal."""
+def ollama(facts: Mapping[str, Any], models: Path) -> list[str]:
+    """How to talk to what `serving.publish` put in place, in Ollama's own terminal.
+
+    Args:
+        models: our own Ollama model store, where it is now.
+    """
     names = [name.removesuffix(":latest") for name in facts.get("models", {f"{facts['name']}:latest": None})]
     if facts["where"] == "store":
         asked = facts.get("asked", OLLAMA)
         why = [] if asked == OLLAMA else [f"# no Ollama server answered at {asked}"]
-        serve = f"OLLAMA_MODELS={shlex.quote(facts['place'])} ollama serve"
+        serve = f"OLLAMA_MODELS={_quoted(models)} ollama serve"
         return [*why, serve, THEN, *(f"ollama run {name}" for name in names)]
     host = "" if facts["place"] == OLLAMA else f"OLLAMA_HOST={shlex.quote(facts['place'])} "
     return [f"{host}ollama run {name}" for name in names]

@@ -20,6 +20,7 @@ from finetune_assets.recipe import Recipe
 Progress = Callable[[dict[str, Any]], None]
 ROOM = 256  # bytes, and therefore tokens at most, of a short question with the words that a template puts around it
 RECORDED = ("name", "models", "template", "system", "parameters")
+OWN_STORE = "the project's own"  # on record in place of a path, which is another one once the project has moved
 
 
 def publish(
@@ -62,7 +63,9 @@ def publish(
         "notes": notes,
     }
     place = serve(facts, gguf.path, before=before, models=models, progress=progress)
-    texts = {name: modelfile(model) for name, model in recorded(facts, gguf.path).items()}
+    # relative to the Modelfile, where `ollama create` looks
+    beside = Path("..", "..", gguf.path.parent.name, gguf.path.name)
+    texts = {name: modelfile(model) for name, model in recorded(facts, beside).items()}
     for name, text in texts.items():
         suffix = "" if name.endswith(":latest") else f".{name.partition(':')[2]}"
         (out / f"Modelfile{suffix}").write_text(text, encoding="utf-8")
@@ -99,8 +102,8 @@ def serve(
 
     Returns:
         digests (name with its tag -> digest of the Ollama manifest), digest (that of the first), previous (name ->
-        digest served under it until now, or none), where ("server" or "store"), place (host or folder), and asked
-        (the host that was looked for a server).
+        digest served under it until now, or none), where ("server" or "store"), place (a host, or OWN_STORE), and
+        asked (the host that was looked for a server).
 
     Raises:
         StepFailed: the server fails, or serves something else than was asked for; or the system prompt leaves no room
@@ -133,9 +136,19 @@ def serve(
                 if ollama_store.read(models, name) == old:
                     ollama_store.remove(models, name)
         digests = {name: one.digest for name, one in written.items()}
-        where, place = "store", str(models)
+        where, place = "store", OWN_STORE
     first = next(iter(digests.values()))
     return {"digest": first, "digests": digests, "previous": previous, "where": where, "place": place, "asked": host}
+
+
+def place_of(facts: Mapping[str, Any], models: Path) -> str:
+    """The host or folder that models are served from now. An earlier release recorded the folder of its day.
+
+    Args:
+        facts: as `publish` returned them.
+        models: our own Ollama model store.
+    """
+    return str(models) if facts["where"] == "store" else str(facts["place"])
 
 
 def digests_of(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -117,11 +117,15 @@ def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
     return table
 
 
-def serving_lines(recipe: Recipe, artifacts: Mapping[str, Artifact]) -> list[Text]:
-    """How to serve what was made: for each asset that can be served, its name and lines for a shell."""
+def serving_lines(recipe: Recipe, artifacts: Mapping[str, Artifact], models: Path) -> list[Text]:
+    """How to serve what was made: for each asset that can be served, its name and lines for a shell.
+
+    Args:
+        models: our own Ollama model store.
+    """
     lines: list[Text] = []
     for name, artifact in artifacts.items():
-        if found := commands(name, artifact, recipe):
+        if found := commands(name, artifact, recipe, models):
             lines += [Text(f"serve {name}", style="bold"), *(Text(f"  {line}") for line in found)]
     return lines
 
@@ -132,8 +136,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     for column in (f"on {metrics['rows']} test rows", "base", "tuned"):
         table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
     for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity"):
-        cells = ["-" if metrics[side][name] is None else f"{metrics[side][name]:.2f}" for side in ("base", "tuned")]
-        table.add_row(name, *cells)
+        scores = [(metrics.get(side) or {}).get(name) for side in ("base", "tuned")]
+        table.add_row(name, *("-" if score is None else f"{score:.2f}" for score in scores))
     return table
 
 
