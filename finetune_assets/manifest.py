@@ -96,9 +96,9 @@ class Manifest(_Shape):
     metrics: dict[str, Any]
     inputs: dict[Key, Key]
     created: Annotated[str, AfterValidator(_date)]
-    seed: int | None = None
-    seconds: Annotated[Figure, Field(ge=0)] | None = None
-    libraries: dict[str, str] | None = None
+    seed: int
+    seconds: Annotated[Figure, Field(ge=0)]
+    libraries: dict[str, str]
 
     @model_validator(mode="after")
     def _agrees(self) -> Manifest:
@@ -259,7 +259,7 @@ def _inconsistent(manifest: Manifest) -> str | None:
 def _first(error: ValidationError, manifest_key: str | None) -> str:
     """`no created` for what is missing or altogether another thing, else where it is and what is wrong with it."""
     found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = [*([manifest_key] if manifest_key else []), *map(str, found["loc"])]
+    place = [*([manifest_key] if manifest_key else []), *(str(key) for key in found["loc"] if key != "[key]")]
     if len(place) == 1 or found["type"] == "missing":
         return f"no {'.'.join(place)}"
     message = found["msg"].removeprefix("Value error, ")

@@ -121,7 +121,7 @@ def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, project: Project, 
         **({"serve it": dg.MetadataValue.md("\n".join(["```bash", *commands, "```"]))} if commands else {}),
         "artifact": dg.MetadataValue.path(artifact.path),
         "fingerprint": artifact.fingerprint,
-        "seconds to build": float(artifact.manifest.get("seconds") or 0),
+        "seconds to build": float(artifact.manifest["seconds"]),
         "already published": reused,
     }
 
@@ -130,7 +130,7 @@ def _described(spec: StepAsset, artifact: Artifact) -> Mapping[str, Any]:
     """What the asset says of its artifact; all that is on record as it is, where an earlier release recorded less."""
     try:
         return spec.describe(artifact)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # also what Dagster refuses: a page must not fail what is published
         return {
             "not described": dg.MetadataValue.text(f"its manifest lacks what this page shows: {error!r}"),
             "on record": dg.MetadataValue.json(dict(artifact.metrics)),
