@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
@@ -10,7 +10,9 @@ from finetune_assets.digests import DigestCache
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import ollama_checks, ollama_server
 from finetune_assets.export.modelfile import OllamaModel
+from finetune_assets.export.ollama_behaviour import behaviour
 from finetune_assets.export.ollama_checks import Check
+from finetune_assets.export.ollama_weights import source_of
 from finetune_assets.export.serving import digests_of, recorded
 from finetune_assets.project import Project
 
@@ -47,13 +49,15 @@ def verify(
             progress({"event": "message", "text": f"reading {name} in {models}"})
             found[f"{name} in the store {models}"] = ollama_checks.in_store(models, model, digests_of(facts)[name])
     host = ollama_server.configured_host()
-    if ollama_server.answers(host) is not None:
+    if (version := ollama_server.answers(host)) is not None:
         there = ollama_server.digests(host)
         for name, model in wanted.items():
             progress({"event": "message", "text": f"asking {name} on {host}"})
             digest = there.get(ollama_server.listed(name))
             served = Check("digest", digest == digests_of(facts)[name], digest or "no such model")
-            rest = _on_server(host, model, ask=all(check.ok for check in checks)) if digest else []
+            whole = all(check.ok for check in checks)
+            record = facts.get("served", {}).get(name, {})  # an earlier release kept none
+            rest = _on_server(host, version, model, record, ask=whole) if digest else []
             found[f"{name} on the server {host}"] = [served, *rest]
     elif facts["where"] == "server":
         advice = f"none answers; it was put on {facts['place']}: start that one, or set OLLAMA_HOST to it"
@@ -66,8 +70,13 @@ def _whole(name: str, fingerprint: str, artifact: Artifact | None) -> Check:
     return Check(f"{name} {fingerprint}", why is None, why or "its files are as published")
 
 
-def _on_server(host: str, model: OllamaModel, *, ask: bool) -> list[Check]:
-    """All that is checked before a model takes over. `ask`: its file is whole, so that llama.cpp can be asked, too."""
+def _on_server(host: str, version: str, model: OllamaModel, record: Mapping[str, Any], *, ask: bool) -> list[Check]:
+    """All that is checked before a model takes over.
+
+    Args:
+        record: how it was served when it was put there.
+        ask: its file is whole, so that llama.cpp can be asked, too.
+    """
     import httpx
     from ollama import Client, ResponseError
 
@@ -75,10 +84,22 @@ def _on_server(host: str, model: OllamaModel, *, ask: bool) -> list[Check]:
 
     checks: list[Check] = []
     try:
-        checks = ollama_checks.written(ollama_server.show(host, model.name), model)
+        shown = ollama_server.show(host, model.name)
+        checks = ollama_checks.written(shown, model, _weights(host, version, shown, model, record))
         if ask:
-            client = Client(host=host, timeout=PATIENCE, trust_env=False)
-            checks += ollama_checks.answered(client, model.name, expected(model))
+            client, reply = Client(host=host, timeout=PATIENCE, trust_env=False), expected(model)
+            found = behaviour(host, version, model.name, model, reply)
+            checks = [Check("served by", True, str(found)), *checks]
+            checks += ollama_checks.answered(client, model.name, reply, found)
         return checks
     except (ResponseError, httpx.HTTPError, OSError) as error:
         return [*checks, Check("answer", False, f"the server gives none: {error}")]
+
+
+def _weights(host: str, version: str, shown: Mapping[str, Any], model: OllamaModel, record: Mapping[str, Any]) -> Check:
+    """The weights, and whether a server's own copy of them is the one that it made when the model was put there."""
+    check = ollama_checks.weights(host, version, model.name, shown, model)
+    digest, made = source_of(shown), record.get("weights")
+    if check.ok and made is not None and digest not in (made, model.sha256):
+        return Check("weights", False, f"the server made {made[:12]} of them, and holds {str(digest)[:12]} now")
+    return check

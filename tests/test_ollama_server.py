@@ -256,14 +256,22 @@ def test_real_server_and_own_store_agree(files: Files, smollm2: Path, host: str,
     steps = [event for event in events if event["event"] == "step"]
     assert steps[-1]["step"] == steps[-1]["steps"] == round(files.q8_0.stat().st_size / 1e6)
     assert made.digest == digest(host, "tiny") == ollama_store.read(models, "tiny")
+    assert str(made.behaviour) == "Ollama 0.9.3: prompts by TEMPLATE, weights as sent"
+    assert made.behaviour.digest == model.sha256
     assert made.previous is None
     assert set(ollama_server.digests(host)) == {"tiny:latest"}, "no staging tag is left"
-    # Our own store: the same blobs. (A server adds to its manifest where on its disk the weights came from.)
+    # Our own store: the same blobs but for what a current server leaves out of the configuration. (A server adds to its
+    # manifest where on its disk the weights came from.)
     ours = ollama_store.write(tmp_path / "store", [model])[model.name]
     theirs = json.loads(ollama_store.manifest_path(models, "tiny").read_bytes())
     manifest = json.loads(ollama_store.manifest_path(tmp_path / "store", "tiny").read_bytes())
     assert ours.layers == ollama_store.layers_of(theirs)
-    assert manifest["config"] == theirs["config"]
+    configured, plain = (
+        json.loads(ollama_store.blob_path(store, config["digest"]).read_bytes())
+        for store, config in ((models, theirs.pop("config")), (tmp_path / "store", manifest.pop("config")))
+    )
+    assert configured.pop("rootfs")["diff_ids"] == [layer.digest for layer in ours.layers]
+    assert configured == plain and list(configured) == list(plain)
     theirs["layers"][0].pop("from", None)
     assert manifest == theirs
     assert not failed(in_store(tmp_path / "store", model, ours.digest))

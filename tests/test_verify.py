@@ -180,7 +180,8 @@ def test_on_a_real_server(mini: MiniProject, real: str, monkeypatch: pytest.Monk
     found = look(mini)
     assert list(found)[1:] == [f"mini:latest on the server {real}", f"mini:q8_0 on the server {real}"]
     names = ["weights", "template", "system", "stops", "parameters", "prompt tokens", "first tokens", "stops by itself"]
-    assert [check.name for check in found[f"mini:latest on the server {real}"]] == ["digest", *names]
+    assert [check.name for check in found[f"mini:latest on the server {real}"]] == ["digest", "served by", *names]
+    assert first.metrics["served"]["mini:latest"]["by"] == "Ollama 0.9.3: prompts by TEMPLATE, weights as sent"
     assert all_good(found)
     # someone else's hand
     client.copy("mini:q8_0", "mini:latest")

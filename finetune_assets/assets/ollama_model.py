@@ -52,6 +52,7 @@ def _row(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "digest": facts["digests"][name],
         "weights": f"sha256:{entry['sha256']}",
     }
+    row["served by"] = facts.get("served", {}).get(name, {}).get("by", "no server yet: in our own store")
     return row | {"served before": facts["previous"][name] or "nothing"}
 
 

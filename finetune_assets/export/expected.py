@@ -7,8 +7,9 @@ answer is followed for as long as llama.cpp's own choices are clear, and only th
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 
 from finetune_assets.chat.engines import Messages
 from finetune_assets.errors import StepFailed
@@ -26,6 +27,14 @@ LONGEST = 64  # tokens in which an ordinary short answer ends: the end is what s
 # Tokens compared of an answer that does not end. Each is one of tens of thousands: a wrong model does not guess them.
 ENOUGH = 16
 NUM_CTX = 2048  # Ollama's own, where a model has no num_ctx
+TOLD = 20  # tokens of a distribution that an Ollama server tells at most
+# Conversations that a TEMPLATE and the chat template that it was derived from may render differently: training has none
+# of this kind.
+PROBES: tuple[Messages, ...] = (
+    [{"role": "user", "content": "Hi"}, {"role": "observer", "content": "x"}, {"role": "user", "content": "Go on"}],
+    [{"role": "user", "content": "Hi"}, {"role": "system", "content": "x"}, {"role": "user", "content": "Go on"}],
+    [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "Hi"}],
+)
 SLACK = 8  # tokens a server may say more than llama.cpp before it is stopped
 
 
@@ -38,6 +47,10 @@ class Expected:
         text: the answer, or what of it is clear.
         tokens: in `text`, the one that ends it included.
         ends: whether the answer ends by itself there.
+        system: the served system message.
+        prompt: the whole prompt, as llama.cpp renders the file's chat template.
+        first: the likeliest first tokens of the answer and their probabilities.
+        probes: conversations that templates may render differently, and how llama.cpp renders them.
     """
 
     question: str
@@ -45,6 +58,15 @@ class Expected:
     text: str
     tokens: int
     ends: bool
+    system: str | None = field(default=None, compare=False)
+    prompt: str = field(default="", compare=False)
+    first: Mapping[str, float] = field(default_factory=dict, compare=False)
+    probes: tuple[tuple[Messages, str], ...] = field(default=(), compare=False)
+
+    @property
+    def conversation(self) -> Messages:
+        """The messages with the served system message, which a server adds by itself."""
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
     @property
     def messages(self) -> Messages:
@@ -63,6 +85,7 @@ def expected(model: OllamaModel) -> Expected:
     most = max(256, min(num_ctx, sum(len(message["content"].encode()) for message in said) + 1024))
     found: list[Expected] = []
     with closing(ProbeEngine(model.gguf, num_ctx=most, letter=_letter(read_head(model.gguf)))) as engine:
+        probes = _rendered(engine, said)
         for question in QUESTIONS:
             messages = [*said, {"role": "user", "content": question}]
             prompt = engine.prompt_ids(messages)
@@ -72,10 +95,22 @@ def expected(model: OllamaModel) -> Expected:
                     f"the system prompt and {question!r} take {len(prompt)} tokens of a context of {num_ctx}",
                     "raise ollama.num_ctx, or shorten the system prompt",
                 )
-            found.append(_follow(engine, question, messages, prompt, model.parameters.get("stop", []), room))
+            one = _follow(engine, question, messages, prompt, model.parameters.get("stop", []), room)
+            text, first = engine.prompt_text(messages), engine.first_tokens(prompt, TOLD)
+            found.append(replace(one, system=model.system, prompt=text, first=first, probes=probes))
             if found[-1].ends:
                 return found[-1]
     return max(found, key=lambda one: one.tokens)
+
+
+def _rendered(engine: ProbeEngine, said: Messages) -> tuple[tuple[Messages, str], ...]:
+    """The conversations of `PROBES` that the chat template renders, behind the served system message."""
+    found: list[tuple[Messages, str]] = []
+    for probe in PROBES:
+        messages = [*said, *probe]
+        with suppress(StepFailed):
+            found.append((messages, engine.prompt_text(messages)))
+    return tuple(found)
 
 
 def _follow(

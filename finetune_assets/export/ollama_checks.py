@@ -5,19 +5,24 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.digests import digest_of_file
-from finetune_assets.export import ollama_store
-from finetune_assets.export.expected import SLACK, Expected
+from finetune_assets.export import ollama_store, ollama_weights
+from finetune_assets.export.expected import SLACK, TOLD, Expected
 from finetune_assets.export.modelfile import OllamaModel
+from finetune_assets.export.ollama_behaviour import Behaviour
 
 if TYPE_CHECKING:
     from ollama import ChatResponse, Client
+
+# Half the sum of differences between two engines' probabilities of the first token. Their kernels round differently:
+# see CLEAR in expected.
+FURTHEST = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,17 @@ class Check:
     found: str
 
 
-def written(shown: Mapping[str, Any], model: OllamaModel) -> list[Check]:
-    """A server's own account of a model (its /api/show): weights, template, system message, stops, parameters."""
-    source = re.search(r"^FROM .*sha256[-:]([0-9a-f]{64})", shown.get("modelfile", ""), re.MULTILINE)
+def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None = None) -> list[Check]:
+    """A server's own account of a model (its /api/show): weights, template, system message, stops, parameters.
+
+    Args:
+        weights: what was found of them; None: their digest has to be the file's.
+    """
     parameters = _read_parameters(shown.get("parameters", ""))
     wanted = {key: value if isinstance(value, list) else [value] for key, value in model.parameters.items()}
     stops, wanted_stops = parameters.pop("stop", []), wanted.pop("stop", [])
     return [
-        _same("weights", source[1] if source else None, model.sha256),
+        weights or _same("weights", ollama_weights.source_of(shown), model.sha256),
         _same("template", shown.get("template", ""), model.template),
         _same("system", shown.get("system", ""), model.system or ""),
         # given none, a server may have ideas of its own
@@ -45,26 +53,44 @@ def written(shown: Mapping[str, Any], model: OllamaModel) -> list[Check]:
     ]
 
 
-def answered(client: Client, name: str, expected: Expected, *, keep_alive: float | None = None) -> list[Check]:
+def weights(host: str, version: str, name: str, shown: Mapping[str, Any], model: OllamaModel) -> Check:
+    """The weights that a server holds: of the digest on record, or else of the same content. OSError if it is gone."""
+    if ollama_weights.source_of(shown) == model.sha256:
+        return Check("weights", True, "as on record")
+    same, found = ollama_weights.compare_content(host, name, shown, model.gguf, model.sha256, version)
+    return Check("weights", same, found)
+
+
+def answered(
+    client: Client,
+    name: str,
+    expected: Expected,
+    behaviour: Behaviour | None = None,
+    *,
+    keep_alive: float | None = None,
+) -> list[Check]:
     """What a server reads and says when it is asked, and whether it stops.
 
     Args:
+        behaviour: how the server serves the model, as far as it is known.
         keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
     """
     options = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": expected.tokens + SLACK}
-    answer = client.chat(model=name, messages=expected.messages, options=options, keep_alive=keep_alive)
-    return compare(answer, expected)
+    answer = client.chat(
+        model=name,
+        messages=expected.messages,
+        options=options,
+        keep_alive=keep_alive,
+        logprobs=True,
+        top_logprobs=TOLD,
+    )
+    return compare(answer, expected, behaviour)
 
 
-def compare(answer: ChatResponse, expected: Expected) -> list[Check]:
+def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | None = None) -> list[Check]:
     """A server's answer, in greedy decoding, against llama.cpp's."""
-    read, said, wanted = answer.prompt_eval_count, answer.message.content or "", expected.text
-    if read == expected.prompt_tokens:
-        checks = [Check("prompt tokens", True, f"{read}, as in training")]
-    else:
-        why = "its TEMPLATE, its begin-of-text token or its tokenizer is another"
-        found = f"the server reads {read} tokens where training would read {expected.prompt_tokens}: {why}"
-        checks = [Check("prompt tokens", False, found)]
+    said, wanted = answer.message.content or "", expected.text
+    checks = [*_prompt(answer.prompt_eval_count, expected, behaviour), *_first_distribution(answer, expected)]
     if expected.tokens == 0:
         return [*checks, Check("first tokens", True, "not compared: llama.cpp itself hesitates at the first")]
     # llama.cpp leaves out white space before a whole answer, and engines a space that belongs to the first word
@@ -75,6 +101,41 @@ def compare(answer: ChatResponse, expected: Expected) -> list[Check]:
         return [*checks, Check("stops by itself", True, "not compared: llama.cpp's own answer is longer")]
     stops = answer.done_reason == "stop"
     return [*checks, Check("stops by itself", stops, "it does" if stops else f"it does not ({answer.done_reason})")]
+
+
+def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -> list[Check]:
+    """The text that a server makes of the question, where it tells, and how many tokens it reads."""
+    rendered, wanted = behaviour.prompt if behaviour else None, expected.prompt_tokens
+    texts = [] if rendered is None else [_same_text("prompt", rendered, expected.prompt)]
+    if read == expected.prompt_tokens:
+        return [*texts, Check("prompt tokens", True, f"{read}, as in training")]
+    if (
+        behaviour
+        and behaviour.leaves_out_cached
+        and rendered == expected.prompt
+        and (read or 0) < expected.prompt_tokens
+    ):
+        return [*texts, Check("prompt tokens", True, f"not compared: Ollama {behaviour.version} counts no cached ones")]
+    why = "its TEMPLATE, its begin-of-text token or its tokenizer is another"
+    found = f"the server reads {read} tokens where training would read {wanted}: {why}"
+    return [*texts, Check("prompt tokens", False, found)]
+
+
+def _first_distribution(answer: ChatResponse, expected: Expected) -> list[Check]:
+    """How likely the server finds each first token, where it tells, against llama.cpp."""
+    if not answer.logprobs or not expected.first:
+        return []
+    told = {entry.token: math.exp(entry.logprob) for entry in answer.logprobs[0].top_logprobs or []}
+    distance = sum(abs(told.get(text, 0.0) - likely) for text, likely in expected.first.items()) / 2
+    found = f"total variation {distance:.3f} over {len(expected.first)} tokens (limit {FURTHEST})"
+    return [Check("first distribution", distance <= FURTHEST, found)]
+
+
+def _same_text(name: str, got: str, wanted: str) -> Check:
+    if got == wanted:
+        return Check(name, True, f"{len(wanted)} characters, as in training")
+    at = next((at for at, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return Check(name, False, f"{_short(got[at : at + 60])} instead of {_short(wanted[at : at + 60])} at {at}")
 
 
 def in_store(models: Path, model: OllamaModel, digest: str) -> list[Check]:

@@ -11,7 +11,8 @@ from finetune_assets.errors import StepFailed
 from finetune_assets.export import ollama_checks, ollama_upload
 from finetune_assets.export.expected import Expected
 from finetune_assets.export.modelfile import OllamaModel
-from finetune_assets.export.ollama_server import digests, listed, show
+from finetune_assets.export.ollama_behaviour import Behaviour, behaviour
+from finetune_assets.export.ollama_server import answers, digests, listed, show
 
 if TYPE_CHECKING:
     from ollama import Client
@@ -24,10 +25,17 @@ PATIENCE = 600.0  # seconds for one request: a busy CPU server takes its time to
 
 @dataclass(frozen=True)
 class Made:
-    """A model in place: its manifest's digest, and that of what was served under the name before, if anything was."""
+    """A model in place.
+
+    Attributes:
+        digest: its manifest's.
+        previous: that of what was served under the name before, if anything was.
+        behaviour: how the server serves it.
+    """
 
     digest: str
     previous: str | None
+    behaviour: Behaviour
 
 
 def create(
@@ -58,6 +66,7 @@ def create(
 
     base = models[0].base
     client = Client(host=host, timeout=PATIENCE, trust_env=False)
+    behaviours: dict[str, Behaviour] = {}
     staging = {model.name: f"{base}:{STAGING}-{model.name.partition(':')[2]}" for model in models}
     moved: list[str] = []
     with _swept_at_the_end(client, host, listed(f"{base}:{STAGING}-")):
@@ -68,9 +77,14 @@ def create(
                 say(f"creating {model.name}")
                 _create(client, staging[model.name], model)
                 say(f"checking what {model.name} serves")
-                checks = ollama_checks.written(show(host, staging[model.name]), model)
+                name, reply = staging[model.name], expected[model.name]
+                version, shown = answers(host) or "of unknown version", show(host, name)
+                weights = ollama_checks.weights(host, version, name, shown, model)
+                checks = ollama_checks.written(shown, model, weights)
                 if all(check.ok for check in checks):
-                    checks = ollama_checks.answered(client, staging[model.name], expected[model.name], keep_alive=0)
+                    found = behaviour(host, version, name, model, reply)
+                    behaviours[model.name] = found
+                    checks = ollama_checks.answered(client, name, reply, found, keep_alive=0)
                 if failed := [f"{check.name}: {check.found}" for check in checks if not check.ok]:
                     raise StepFailed(
                         f"the Ollama server at {host} does not serve {model.name} as it was made: {'; '.join(failed)}",
@@ -97,7 +111,7 @@ def create(
             if after.get(listed(name)) == old:
                 with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
                     client.delete(name)
-    return {name: Made(after[listed(name)], before.get(listed(name))) for name in staging}
+    return {name: Made(after[listed(name)], before.get(listed(name)), behaviours[name]) for name in staging}
 
 
 def _state(moved: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def digests(host: str) -> dict[str, str]:
     Raises:
         OSError: it gives no answer that can be read.
     """
-    return {listed(model["name"]): model["digest"] for model in _told(host, "/api/tags", 10.0).get("models") or []}
+    return {listed(model["name"]): model["digest"] for model in ask(host, "/api/tags", 10.0).get("models") or []}
 
 
 def listed(name: str) -> str:
@@ -104,12 +104,17 @@ def listed(name: str) -> str:
     return plain if ":" in plain else f"{plain}:latest"
 
 
-def show(host: str, name: str) -> dict[str, Any]:
-    """What the server tells about a model: template, system, parameters, modelfile and more. OSError as above."""
-    return _told(host, "/api/show", 60.0, {"model": name})
+def show(host: str, name: str, *, verbose: bool = False) -> dict[str, Any]:
+    """What the server tells about a model: template, system, parameters, modelfile and more. OSError as above.
+
+    Args:
+        verbose: with all of the GGUF file's metadata, the tokenizer's words included.
+    """
+    return ask(host, "/api/show", 60.0, {"model": name, **({"verbose": True} if verbose else {})})
 
 
-def _told(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def ask(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A server's answer; OSError where it gives none, or none that can be read."""
     try:
         return _get(host, path, seconds, body)
     except (http.client.HTTPException, ValueError) as error:

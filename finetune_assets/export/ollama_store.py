@@ -1,8 +1,9 @@
 """A model written straight into an Ollama model store, without a server.
 
 The layout is Ollama's: blobs/sha256-HEX, and manifests/HOST/NAMESPACE/NAME/TAG naming them. The bytes of every blob
-are the ones that a server would write (but that a server calls the type of f32 files "unknown"). The manifest comes
-last and in one step, so a model is whole or not there.
+are the ones that a server would write since 0.32.7 (but that a server calls the type of f32 files "unknown"); earlier
+ones repeat the layers' digests in the configuration (rootfs), and read one without them. The manifest comes last and in
+one step, so a model is whole or not there.
 """
 
 from __future__ import annotations
@@ -190,7 +191,6 @@ def _fill(models_dir: Path, model: OllamaModel) -> bytes:
         "file_type": FILE_TYPE_NAMES.get(head.get("general.file_type"), "unknown"),
         "architecture": "amd64",
         "os": "linux",
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"] for layer in layers]},
     }
     return go_json(
         {

@@ -101,9 +101,20 @@ class ProbeEngine(GgufEngine):
         Raises:
             StepFailed: llama.cpp cannot render them.
         """
-        text = self._post("/apply-template", {"messages": messages})["prompt"]
+        text = self.prompt_text(messages)
         # As its chat completions do: begin-of-text where the file asks for it, special tokens by their text.
         return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
+
+    def prompt_text(self, messages: Messages) -> str:
+        """The prompt that llama.cpp makes of these messages by the file's chat template. StepFailed if it cannot."""
+        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+
+    def first_tokens(self, prefix: Sequence[int], top: int) -> dict[str, float]:
+        """The likeliest tokens after `prefix` and their probabilities; those whose text is none are left out."""
+        answer = self._complete(prefix, 1, n_probs=top, logprobs=top)
+        (position,) = answer["choices"][0]["logprobs"]["content"]
+        told = [(entry["token"], entry["logprob"]) for entry in position["top_logprobs"][:top]]
+        return {text: math.exp(value) for text, value in told if value is not None and NO_CHARACTER not in text}
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of an answer's first tokens, as far as their bytes are characters."""

@@ -123,6 +123,7 @@ def serve(
         made = create(host, list(wanted.values()), replies, retired=retired, progress=progress)
         previous = {name: one.previous for name, one in made.items()}
         digests = {name: one.digest for name, one in made.items()}
+        ways = {name: {"by": str(one.behaviour), "weights": one.behaviour.digest} for name, one in made.items()}
         where, place = "server", host
     else:
         model = next(iter(wanted.values()))
@@ -136,9 +137,13 @@ def serve(
                 if ollama_store.read(models, name) == old:
                     ollama_store.remove(models, name)
         digests = {name: one.digest for name, one in written.items()}
+        ways = {}
         where, place = "store", OWN_STORE
     first = next(iter(digests.values()))
-    return {"digest": first, "digests": digests, "previous": previous, "where": where, "place": place, "asked": host}
+    return {
+        **{"digest": first, "digests": digests, "previous": previous, "where": where, "place": place, "asked": host},
+        "served": ways,
+    }
 
 
 def place_of(facts: Mapping[str, Any], models: Path) -> str:
