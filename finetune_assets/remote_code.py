@@ -92,10 +92,10 @@ def _auto_maps(content: Any) -> Iterator[str]:
 def refuse_unknown_architecture(folder: Path, what: str) -> None:
     """StepFailed for a model that names its own classes and is of a type that transformers does not have."""
     if asked := asked_for(folder, CONFIG):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+        from transformers import CONFIG_MAPPING
 
         model_type = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
-        if model_type not in CONFIG_MAPPING_NAMES:
+        if model_type not in CONFIG_MAPPING:
             raise StepFailed(f"cannot use {what}: {NEEDED} ({asked[0]})", HINT)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.errors import StepFailed
 from finetune_assets.remote_code import TOKENIZER_CONFIG, asked_for, explained, gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+NOT_A_TOKENIZER = "the tokenizer_class of tokenizer_config.json is not a tokenizer class"
+CORRECT_CLASS = "correct it, or fetch the model's files again"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -20,7 +24,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     the two differ, the file decides.
 
     Raises:
-        StepFailed: the tokenizer is code that comes with the model, which is not trusted.
+        StepFailed: the tokenizer is code that comes with the model, which is not trusted, or not a tokenizer.
         OSError, ValueError: no tokenizer can be loaded from there.
     """
     from tokenizers import Tokenizer
@@ -38,13 +42,18 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     with gate(trust=trust):
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            found: object = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         except Exception as error:  # whatever a class raises that stands in for the model's own
             asked = [] if trust else asked_for(folder, TOKENIZER_CONFIG)
             if (failure := explained(error, f"the tokenizer of {folder}", asked)) is not None:
                 raise failure from error
+            if isinstance(error, RecursionError):  # the class named there is AutoTokenizer
+                raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}", CORRECT_CLASS) from None
             raise
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}, but {type(found).__name__}", CORRECT_CLASS)
+    return found
