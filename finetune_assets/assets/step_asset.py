@@ -54,7 +54,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
         key=asset_key(recipe, spec.name),
         deps=[*source_keys(recipe, spec.name), *(asset_key(recipe, up.asset) for up in node.upstreams)],
         group_name=word_of(recipe.name),
-        description=_described(spec, recipe),
+        description=_description(spec, recipe),
         kinds=spec.kinds,
         owners=["team:fine-tuning"],
         code_version=node.code_version,
@@ -76,7 +76,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
     return step
 
 
-def _described(spec: StepAsset, recipe: Recipe) -> str:
+def _description(spec: StepAsset, recipe: Recipe) -> str:
     named = word_of(recipe.name) == recipe.name
     return spec.description if named else f"{spec.description} Of the recipe {recipe.name}."
 
