@@ -10,7 +10,7 @@ import calendar
 import re
 
 MONTHS = {name.lower(): number for number, name in enumerate(calendar.month_abbr) if name}
-WEEKDAYS = dict(zip(("sun", "mon", "tue", "wed", "thu", "fri", "sat"), range(7), strict=True))
+WEEKDAYS: dict[str, int] = dict(zip(("sun", "mon", "tue", "wed", "thu", "fri", "sat"), range(7), strict=True))
 FIELDS: tuple[tuple[int, int, dict[str, int]], ...] = (
     (0, 59, {}),
     (0, 23, {}),
@@ -20,7 +20,7 @@ FIELDS: tuple[tuple[int, int, dict[str, int]], ...] = (
 )
 ITEM = re.compile(r"(?:(\*)|([0-9]{1,2}|[a-z]{3})(?:-([0-9]{1,2}|[a-z]{3}))?)(?:/([0-9]{1,2}))?")
 DAYS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-FORM = re.compile(r"[\dA-Za-z*,/#-]{1,200}(?: +[\dA-Za-z*,/#-]{1,200}){4}")
+FORM = re.compile(r"[0-9A-Za-z*,/#-]{1,200}(?: +[0-9A-Za-z*,/#-]{1,200}){4}")
 
 
 def cron_problem(expression: str) -> str | None:

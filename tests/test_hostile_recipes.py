@@ -96,7 +96,7 @@ def test_names_that_dagster_would_confuse(mini: MiniProject):
     for name in ("a-b", "a_b", word_of("客服"), "mini_config", "mini__config"):
         assert graph.has(dg.AssetKey([word_of(name), "lora_adapter"])), name
         job = definitions.resolve_job_def(job_name(name))
-        selected = job.asset_layer.executable_asset_keys
+        selected = set(job.asset_layer.executable_asset_keys)
         assert {key.path[0] for key in selected} == {word_of(name)} and len(selected) == len(NODES)
     (refused,) = [key for key in graph.get_all_asset_keys() if key.path[-1] == "recipe"]
     assert "Dagster calls it" in str(graph.get(refused).description)
