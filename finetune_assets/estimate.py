@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.artifacts import Artifact, ArtifactStore
-from finetune_assets.base_model import Local, locate
+from finetune_assets.base_model import Local, local_files, locate
 from finetune_assets.data.registry import data_file, load_entries
-from finetune_assets.digests import files_below
+from finetune_assets.errors import StepFailed
 from finetune_assets.export.gguf_types import bytes_decided_by, figures_decided_by
-from finetune_assets.export.shards import BYTES_OF, FLOATS
+from finetune_assets.export.shards import BYTES_OF, FLOATS, read_head
 from finetune_assets.identity import default, fingerprint
 from finetune_assets.lineage import NODES
 from finetune_assets.plan import Planned
@@ -175,7 +174,7 @@ class _Known:
         if self.base is not None:
             return self.base.size
         if self.base_folder is not None:
-            return sum(path.stat().st_size for path in files_below(self.base_folder).values())
+            return sum(path.stat().st_size for path in local_files(self.base_folder, self.recipe.model).values())
         return self.announced.bytes if self.announced is not None else None
 
     @cached_property
@@ -371,13 +370,10 @@ def weights_of(folder: Path) -> Counter[str]:
     found: Counter[str] = Counter()
     try:
         for path in folder.glob("*.safetensors"):
-            with path.open("rb") as file:
-                size = struct.unpack("<Q", file.read(8))[0]
-                head = json.loads(file.read(min(size, path.stat().st_size)))
-            for name, tensor in head.items():
-                if name != "__metadata__" and tensor["dtype"] in BYTES_OF:
+            for tensor in read_head(path)[1].values():
+                if tensor["dtype"] in BYTES_OF:
                     found[tensor["dtype"]] += math.prod(tensor["shape"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error):
+    except (OSError, StepFailed):
         return Counter()
     return found
 

@@ -9,9 +9,11 @@ import os
 import stat
 from pathlib import Path
 
+from finetune_assets.digests import DigestCache
 from finetune_assets.disk import human_size
 from finetune_assets.errors import BadInput
 
+NO_FILE = "no such file"
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -28,7 +30,7 @@ def why_not_regular(path: Path) -> str | None:
     except FileNotFoundError:
         if path.is_symlink():
             return f"is a link to {path.readlink()}, which is not there"
-        return "no such file"
+        return NO_FILE
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ValueError:
@@ -62,6 +64,18 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         size = human_size(max(found.st_size, len(content)))
         raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "is it the right file?")
     return content
+
+
+def digest_of_source(path: Path, digests: DigestCache) -> str:
+    """The sha256 (hex) of a file that people or hubs gave us.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return digests.file(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_utf8(path: Path, limit: int | None = None) -> str:

@@ -88,6 +88,14 @@ class MiniProject(Project):
             content[section] = {key: value for key, value in merged.items() if value is not None}
         self.recipe_path(name).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
+    def empty_base(self) -> Path:
+        """The folder that the recipe names as its base: enough of a model to be planned with."""
+        base = self.root / "base"
+        base.mkdir(exist_ok=True)
+        if not (base / "config.json").exists():
+            (base / "config.json").write_text("{}")
+        return base
+
     def copy_recipe(self, name: str) -> None:
         """Another recipe like the first, that serves under a name of its own."""
         self.recipe_path(name).write_text(self.recipe_path().read_text())

@@ -66,7 +66,7 @@ BODIES: dict[str, Callable[[Step], Made]] = {
 
 def make_chain(mini: MiniProject, name: str = "mini", *, upto: str = "ollama_model") -> dict[str, Artifact]:
     """Bring a recipe's assets up to date, as far as the one named."""
-    (mini.root / "base").mkdir(exist_ok=True)
+    mini.empty_base()
     recipe = load_recipe(mini.recipe_path(name))
     return {
         asset: materialise(asset, recipe, mini, body, lambda event: None).artifact

@@ -143,7 +143,7 @@ class World:
         names = [asset.name for asset in assets]
         world = cls(project, assets, code=dict.fromkeys(names, "1"), tool=dict.fromkeys(names, "1"))
         world.built = {name: [] for name in names}
-        (project.root / "base").mkdir()
+        project.empty_base()
         registry = {name: {"file_name": f"{name}.json"} for name in ("facts", "more")}
         (project.root / "data" / "dataset_info.json").write_text(json.dumps(registry))
         for name in registry:

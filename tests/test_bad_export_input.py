@@ -37,7 +37,7 @@ def elsewhere() -> Iterator[str]:
 
 def refused(project: MiniProject, code: int, *lines: str, **environment: str) -> None:
     """A run says this and no more, with this exit code, and makes nothing."""
-    (project.root / "base").mkdir(exist_ok=True)
+    project.empty_base()
     done = finetune(project, "run", "mini", **environment)
     assert done.stderr.splitlines() == list(lines)
     assert done.returncode == code and not done.stdout
@@ -81,7 +81,7 @@ def test_a_folder_that_is_no_llama_cpp(mini: MiniProject, tmp_path: Path) -> Non
     ],
 )
 def test_an_address_that_is_not_ollama_s(mini: MiniProject, elsewhere: str, host: str, why: str) -> None:
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     done = finetune(mini, "run", "mini", OLLAMA_HOST=host.replace("{port}", elsewhere))
     said, hint = done.stderr.splitlines()
     assert said.startswith(why.replace("{port}", elsewhere).partition("(...")[0])
@@ -90,7 +90,7 @@ def test_an_address_that_is_not_ollama_s(mini: MiniProject, elsewhere: str, host
 
 
 def test_what_needs_no_server_runs_without_one(mini: MiniProject, elsewhere: str) -> None:
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     done = finetune(mini, "run", "mini", "--to", "dataset_info", OLLAMA_HOST=f"127.0.0.1:{elsewhere}")
     assert done.returncode == 0, done.stderr
 

@@ -13,7 +13,7 @@ import pytest
 
 from finetune_assets import base_model
 from finetune_assets.digests import DigestCache
-from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.recipe import ModelSection
 from tests.conftest import REPOSITORY
 
@@ -68,7 +68,7 @@ def test_code_comes_along_where_the_recipe_trusts_it(tmp_path: Path):
 )
 def test_an_incomplete_folder_is_refused(tmp_path: Path, gone: str, words: str):
     (folder_model(tmp_path / "base", **{"pytorch_model.bin": "p"}) / gone).unlink()
-    with pytest.raises(StepFailed, match=words):
+    with pytest.raises(FinetuneError, match=words):
         fetch(ModelSection(model_name_or_path="./base"), tmp_path, tmp_path / "out")
 
 

@@ -42,7 +42,7 @@ def finetune(project: MiniProject | None, *arguments: str, **environment: str) -
 )
 def test_bad_input_is_one_message(mini: MiniProject, arguments: tuple[str, ...], words: str):
     if "base" not in words:
-        (mini.root / "base").mkdir()
+        mini.empty_base()
     done = finetune(mini, *arguments)
     assert words in done.stderr
     assert done.returncode == (1 if "not been made" in words else 2)
@@ -57,7 +57,7 @@ def test_debug_shows_the_traceback(mini: MiniProject):
 
 
 def test_the_plan_for_programs(mini: MiniProject):
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     done = finetune(mini, "plan", "mini", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -75,7 +75,7 @@ def test_the_demo_and_the_real_world_recipe_plan_on_any_machine(tmp_path):
 
 
 def test_a_recipe_may_be_given_by_its_path(mini: MiniProject, tmp_path):
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     elsewhere = tmp_path / "other.yaml"
     elsewhere.write_text(mini.recipe_path().read_text())
     done = finetune(mini, "plan", str(elsewhere))
@@ -92,7 +92,7 @@ def test_a_recipe_elsewhere_cannot_take_the_place_of_the_projects_own(mini: Mini
 
 
 def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     script = (
         "import sys; sys.argv = ['finetune', 'plan', 'mini']\n"
         "import finetune_assets.cli as cli\n"

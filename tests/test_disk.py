@@ -139,7 +139,7 @@ def test_libraries_with_errors_of_their_own(small: MiniProject, save: Callable[[
         save(step.staging)
         return Made({})
 
-    (small.root / "base").mkdir()
+    small.empty_base()
     recipe = load_recipe(small.recipe_path())
     with pytest.raises(StepFailed, match="no space left on the disk"):
         materialise("raw_dataset", recipe, small, body, lambda event: None)
@@ -170,7 +170,7 @@ def test_going_back_on_a_read_only_store(small: MiniProject):
 
 
 def finetune(project: MiniProject, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    (project.root / "base").mkdir(exist_ok=True)
+    project.empty_base()
     return subprocess.run(
         [sys.executable, "-m", "finetune_assets.cli", *arguments],
         env={**os.environ, "FINETUNE_PROJECT": str(project.root), "DAGSTER_HOME": str(project.home), **environment},
@@ -207,7 +207,7 @@ def test_a_run_that_cannot_fit_is_not_begun(small: MiniProject, room: int):
 
 def test_nor_is_one_that_was_started_elsewhere(small: MiniProject):
     big_data(small)
-    (small.root / "base").mkdir()
+    small.empty_base()
     job = bound(recipe_definitions(load_recipe(small.recipe_path()), small)).resolve_job_def(job_name("mini"))
     result = job.execute_in_process(raise_on_error=False)
     failures = [event.step_failure_data.user_failure_data for event in result.all_events if event.is_step_failure]

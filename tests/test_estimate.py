@@ -159,6 +159,7 @@ def test_another_recipe_goes_by_the_size_of_its_base(mini: MiniProject, made: di
     mini.edit("large", model={"model_name_or_path": "./large"})
     (mini.root / "large").mkdir()
     write_base(mini.root / "large", layers=4)
+    (mini.root / "large" / "config.json").write_text("{}")
     found = costs_of(mini, "large")
     size = sum(path.stat().st_size for path in (mini.root / "large").iterdir())
     scale = size / made["base_model"].size

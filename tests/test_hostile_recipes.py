@@ -104,8 +104,7 @@ def test_names_that_dagster_would_confuse(mini: MiniProject):
 
 def test_each_beside_a_good_one(mini: MiniProject):
     """All of them in one folder: Dagster shows the good recipe and every bad one, and every sensor ticks."""
-    (mini.root / "base").mkdir()
-    (mini.root / "base" / "config.json").write_text("{}")
+    mini.empty_base()
     placed = [put(mini.configs, kind) for kind in KINDS]
     Path(os.fsdecode(os.fsencode(mini.configs) + b"/a\xff.yaml")).write_text(GOOD)
     began = time.monotonic()

@@ -337,7 +337,7 @@ def exports(tmp_path: Path, merged: Path, request: pytest.FixtureRequest) -> Exp
     project = make_mini(tmp_path)
     project.edit(dataset={"val_size": 2})
     project.cache.mkdir(parents=True)
-    (project.root / "base").mkdir()
+    project.empty_base()
     (project.cache / f"{converter.PACKAGE}-{converter.VERSION}").symlink_to(
         converter.converter_dir(converter_cache(request.config))
     )

@@ -175,7 +175,7 @@ def test_in_the_worker_with_sentences_of_our_own(base: Path, tmp_path: Path) -> 
 
 def test_an_adapter_that_was_trained_on_an_earlier_base_is_not_merged(mini: MiniProject) -> None:
     """Where only merged_model is asked for, its inputs are the last ones made, whatever they were made of."""
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     made = {
         "lora_adapter": {"fingerprint": "aa", "ingredients": {"upstreams": {"base_model": "the earlier one"}}},
         "base_model": {"fingerprint": "bb", "data_version": "today's"},

@@ -25,12 +25,12 @@ BODIES = {"raw_dataset": RAW_DATASET.build, "dataset_info": DATASET_INFO.build}
 
 
 def plan(mini: MiniProject) -> dict[str, Planned]:
-    (mini.root / "base").mkdir(exist_ok=True)
+    mini.empty_base()
     return make_plan(load_recipe(mini.recipe_path()), mini, open_store(mini))
 
 
 def make(mini: MiniProject, asset: str, force: bool = False) -> Outcome:
-    (mini.root / "base").mkdir(exist_ok=True)
+    mini.empty_base()
     recipe = load_recipe(mini.recipe_path())
     return materialise(asset, recipe, mini, BODIES[asset], lambda event: None, force=force)
 
@@ -238,7 +238,7 @@ def test_missing_sources_are_bad_input(mini: MiniProject):
     with pytest.raises(BadInput, match="no such file"):
         plan(mini)
     mini.write_rows(rows())
-    (mini.root / "base").rmdir() if (mini.root / "base").exists() else None
+    shutil.rmtree(mini.root / "base", ignore_errors=True)
     with pytest.raises(BadInput, match="base model not found"):
         make_plan(load_recipe(mini.recipe_path()), mini, open_store(mini))
 
@@ -246,7 +246,7 @@ def test_missing_sources_are_bad_input(mini: MiniProject):
 def test_two_recipes_on_the_same_data_share_nothing(mini: MiniProject):
     mini.copy_recipe("second")
     make_data(mini)
-    (mini.root / "base").mkdir(exist_ok=True)
+    mini.empty_base()
     second = make_plan(load_recipe(mini.recipe_path("second")), mini, open_store(mini))
     assert second["raw_dataset"].state == "missing"
 
@@ -274,7 +274,7 @@ def test_an_adapter_is_not_scored_on_rows_that_were_held_out_after_it_was_traine
 
 def test_an_adapter_is_not_merged_into_another_base(mini: MiniProject):
     make_chain(mini)
-    (mini.root / "base" / "config.json").write_text("{}")
+    (mini.root / "base" / "config.json").write_text('{"hidden_size": 8}')
     recipe = load_recipe(mini.recipe_path())
 
     def other_weights(step: Step) -> Made:

@@ -26,8 +26,7 @@ NAME = "客服"
 @pytest.fixture
 def project(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> Iterator[MiniProject]:
     mini.recipe_path().rename(mini.recipe_path(NAME))
-    (mini.root / "base").mkdir()
-    (mini.root / "base" / "config.json").write_text("{}")
+    mini.empty_base()
     monkeypatch.setattr(chain, "STEPS", steps("", lambda: ValueError()))
     yield mini
 

@@ -62,7 +62,7 @@ class Sensor:
 @pytest.fixture
 def sensor(mini: MiniProject) -> Iterator[Sensor]:
     mini.edit(schedule={"on_change": True})
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     with dg.instance_for_test(temp_dir=str(mini.home)) as instance:
         yield Sensor(mini, instance)
 
@@ -73,7 +73,7 @@ def selected(request: dg.RunRequest | str) -> list[str]:
 
 
 def test_sensors_are_off_unless_the_recipe_turns_them_on(mini: MiniProject):
-    (mini.root / "base").mkdir()
+    mini.empty_base()
     repository = load_definitions(mini).get_repository_def()
     assert repository.get_sensor_def("mini_retrain").default_status == dg.DefaultSensorStatus.STOPPED
     mini.edit(schedule={"on_change": True, "minimum_interval_seconds": 7})

@@ -50,8 +50,7 @@ def at_most(seconds: int) -> Iterator[None]:
 def project(tmp_path_factory: pytest.TempPathFactory) -> MiniProject:
     """One for all: what is above the asset that fails is published by the tests before it, or by its own."""
     project = make_mini(tmp_path_factory.mktemp("unforeseen"))
-    (project.root / "base").mkdir()
-    (project.root / "base" / "config.json").write_text("{}")
+    project.empty_base()
     return project
 
 
@@ -111,8 +110,7 @@ def test_errors_of_other_kinds(
     capfd: pytest.CaptureFixture[str],
 ):
     project = make_mini(tmp_path)
-    (project.root / "base").mkdir()
-    (project.root / "base" / "config.json").write_text("{}")
+    project.empty_base()
     monkeypatch.setattr(chain, "STEPS", steps("raw_dataset", error))
     assert finetune(project, monkeypatch, "run", "mini", "--to", "raw_dataset") == 1
     said = capfd.readouterr().err
@@ -121,8 +119,7 @@ def test_errors_of_other_kinds(
 
 def test_dagster_on_its_own_ends_too(tmp_path: Path):
     project = make_mini(tmp_path)
-    (project.root / "base").mkdir()
-    (project.root / "base" / "config.json").write_text("{}")
+    project.empty_base()
     (project.root / "defs.py").write_text(
         "from finetune_assets.assets import chain\n"
         "from finetune_assets.definitions import load_definitions\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import dagster as dg
@@ -11,13 +10,15 @@ from finetune_assets import base_model
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset
 from finetune_assets.export import model_card
+from finetune_assets.json_text import read_model_json
 from finetune_assets.materialise import Step
 
 
 def build(step: Step) -> Made:
     facts = base_model.fetch(step.recipe.model, step.project.root, step.project.cache, step.staging, step.progress)
-    config = json.loads((step.staging / "config.json").read_text(encoding="utf-8"))
-    facts["architecture"] = (config.get("architectures") or [config.get("model_type")])[0]
+    config = read_model_json(step.staging / "config.json")
+    named = config.get("architectures")
+    facts["architecture"] = named[0] if isinstance(named, list) and named else config.get("model_type")
     packaged = isinstance(base_model.locate(step.recipe.model, step.project.root), base_model.Packaged)
     # a card of our own is no part of what the model is
     content = [path.name for path in sorted(step.staging.iterdir()) if path.name != model_card.NAME]

@@ -9,6 +9,7 @@ import dagster as dg
 
 from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, figure
+from finetune_assets.chat.template_limits import prove_folder
 from finetune_assets.export.preflight import check_exportable
 from finetune_assets.materialise import Step
 from resources.gpu import POOL
@@ -32,6 +33,7 @@ FIGURES = {
 
 def build(step: Step) -> Made:
     data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
+    prove_folder(base.path, step.project.cache, data / "train.jsonl")  # before the device is held
     vocabulary = check_exportable(
         base.path,
         base.data_version,

@@ -56,7 +56,7 @@ def load_chat(folder: Path, *, template: str = "auto", trust_remote_code: bool =
 
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files make the libraries raise errors of every kind
         raise StepFailed(f"{folder}: no tokenizer can be loaded from there: {error}", _MAKE_AGAIN) from error
     path = folder / "chat.json"
     if not path.is_file():

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from finetune_assets.chat.decoding import context_length, greedy_steps, load_chat, load_model
 from finetune_assets.chat.template import encode_prompt
+from finetune_assets.chat.template_limits import prove_folder
 from finetune_assets.cores import cores
 from finetune_assets.errors import StepFailed
 
@@ -72,6 +73,7 @@ class TransformersEngine:
     ):
         self.name = f"{folder.name} + {adapter.name}" if adapter else folder.name
         self.speed: float | None = None
+        prove_folder(adapter or folder, None)
         self._chat = load_chat(adapter or folder, template=template, trust_remote_code=trust_remote_code)
         self._model: Any = load_model(folder, adapter, device, trust_remote_code=trust_remote_code)
 

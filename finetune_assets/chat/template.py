@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.chat.template_limits import rendering
 from finetune_assets.errors import BadInput
 from finetune_assets.recipe import did_you_mean
 
@@ -245,13 +246,14 @@ def _render(
     Raises:
         BadInput: the template is not valid Jinja, or refuses the conversation (some know no system role, say).
     """
-    from jinja2 import TemplateError
-
     try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], chat_template=template, add_generation_prompt=prompt, tokenize=False
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: it takes messages to be of another form
+        with rendering():
+            rendered = tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], chat_template=template, add_generation_prompt=prompt, tokenize=False
+            )
+    except BadInput:
+        raise
+    except Exception as error:  # a template is a program, which can fail in every way (division by zero, say)
         roles = ", ".join(turn["role"] for turn in turns)
         raise BadInput(
             f"the chat template refuses a conversation with the roles {roles}: {error}",

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.errors import BadInput
+from finetune_assets.files import read_utf8
+from finetune_assets.json_text import Refused, parse_json
 
-
-def read_text(path: Path) -> str:
-    """The file's text, a byte order mark removed.
-
-    Raises:
-        BadInput: it is not there, cannot be read, or is not UTF-8.
-    """
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadInput(f"{path}:{line}: not UTF-8 (byte {error.start})", "save the file as UTF-8") from None
+REGISTRY_SIZE = 10_000_000  # bytes; an entry has about a hundred
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """The value in a JSON file that people write.
 
     Raises:
-        BadInput: as read_text, or not valid JSON (with line and column).
+        BadInput: it cannot be read, is not UTF-8, is larger than such a file can be, or is not clean JSON.
     """
-    return _parse(read_text(path), path, 1)
+    return _parse(read_utf8(path, REGISTRY_SIZE), path, 1)
 
 
 def read_rows(path: Path) -> list[tuple[int, Any]]:
@@ -43,7 +29,7 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
     Raises:
         BadInput: as read_json; no array; no rows.
     """
-    text = read_text(path)
+    text = read_utf8(path)
     if path.suffix == ".jsonl":
         rows = [(number, _parse(line, path, number)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
@@ -58,29 +44,49 @@ def read_rows(path: Path) -> list[tuple[int, Any]]:
 
 def _parse(text: str, path: Path, first_line: int) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text, clean=True)
     except json.JSONDecodeError as error:
         if not text.strip():
             raise BadInput(f"{path}: is empty", "a data set needs at least one row") from None
         line = first_line + error.lineno - 1
         raise BadInput(f"{path}:{line}:{error.colno}: not valid JSON: {error.msg}") from None
-    except RecursionError:
-        raise BadInput(f"{path}: nested too deeply") from None
+    except Refused as error:
+        line = first_line if "\n" not in text else _line_of_refused(text)
+        raise BadInput(f"{path}{f':{line}' if line else ''}: {error}") from None
+
+
+def _line_of_refused(text: str) -> int | None:
+    """The line in which the first row of an array begins that is refused; None where that cannot be told."""
+    try:
+        for line, element in _elements(text):
+            try:
+                parse_json(element, clean=True)
+            except Refused:
+                return line
+    except (ValueError, IndexError, RecursionError):  # the refused one cannot be read at all
+        pass
+    return None
 
 
 def _lines_of_elements(text: str) -> list[int]:
     """The line in which each element of the (valid) JSON array begins."""
+    return [line for line, _ in _elements(text)]
+
+
+def _elements(text: str) -> Iterator[tuple[int, str]]:
+    """The line in which each element of the JSON array begins, and its text."""
     decoder, blank = json.JSONDecoder(), " \t\r\n"
-    at, line, counted, lines = text.index("[") + 1, 1, 0, []
+    at, line, counted = text.index("[") + 1, 1, 0
     while True:
         while text[at] in blank or text[at] == ",":
             at += 1
         if text[at] == "]":
-            return lines
+            return
         line += text.count("\n", counted, at)
         counted = at
-        lines.append(line)
-        _, at = decoder.raw_decode(text, at)
+        _, end = decoder.raw_decode(text, at)
+        yield line, text[at:end]
+        at = end
 
 
 def _kind(value: Any) -> str:

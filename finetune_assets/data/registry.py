@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from finetune_assets.data.json_file import read_json
 from finetune_assets.errors import BadInput
+from finetune_assets.files import why_not_regular
 from finetune_assets.recipe import Section, did_you_mean
 
 REGISTRY = "dataset_info.json"
@@ -30,7 +31,7 @@ class Columns(Section):
 class Entry(Section):
     """One registered data set."""
 
-    file_name: str
+    file_name: str = Field(max_length=1000)
     formatting: Literal["alpaca"] = "alpaca"
     columns: Columns = Field(default_factory=Columns)
 
@@ -66,11 +67,14 @@ def data_file(folder: Path, entry: Entry) -> Path:
     Raises:
         BadInput: it is not there, is no file, or lies outside the folder.
     """
-    path = (folder / entry.file_name).resolve()
+    try:
+        path = (folder / entry.file_name).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} cannot be followed: {error}") from None
     if not path.is_relative_to(folder.resolve()):
         raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} leaves the data folder")
-    if not path.is_file():
-        raise BadInput(f"{path}: no such file", f"{folder / REGISTRY} names it as file_name")
+    if (why := why_not_regular(path)) is not None:
+        raise BadInput(f"{path}: {why}", f"{folder / REGISTRY} names it as file_name")
     if path.suffix not in (".json", ".jsonl"):
         raise BadInput(f"{path}: only .json and .jsonl files can be read", "convert the file to JSON Lines")
     return path
@@ -83,4 +87,4 @@ def _explain(item: Any) -> str:
         return f"unknown key {where!r}{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"
     if item["type"] == "missing":
         return f"{where} is missing"
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
+    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, not {repr(item['input'])[:80]}"

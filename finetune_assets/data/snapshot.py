@@ -9,6 +9,7 @@ from typing import Any
 
 from finetune_assets.data.registry import REGISTRY, data_file, load_entries
 from finetune_assets.digests import DigestCache, digest_of
+from finetune_assets.files import digest_of_source
 
 
 def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict[str, str]:
@@ -19,7 +20,7 @@ def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict
     """
     entries = load_entries(folder, names)
     return {
-        name: digest_of([entry.model_dump(exclude={"file_name"}), digests.file(data_file(folder, entry))])
+        name: digest_of([entry.model_dump(exclude={"file_name"}), digest_of_source(data_file(folder, entry), digests)])
         for name, entry in entries.items()
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 from finetune_assets.artifacts import Artifact
 from finetune_assets.errors import FinetuneError
 from finetune_assets.export.gguf_file import read_head
+from finetune_assets.json_text import read_model_json
 from finetune_assets.recipe import Recipe
 
 OLLAMA = "http://127.0.0.1:11434"  # where its server listens and its client looks if nobody says otherwise
@@ -85,7 +86,7 @@ def _llama_server(artifact: Artifact, recipe: Recipe) -> list[str]:
 
 
 def _vllm(folder: Path, recipe: Recipe) -> list[str]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_model_json(folder / "config.json")
     longest = config.get("text_config", config).get("max_position_embeddings")
     return [
         f"vllm serve {_quoted(folder)} --served-model-name {recipe.ollama.name} "

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.errors import StepFailed
+from finetune_assets.chat.template_limits import rendering
+from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import go_eval
 from finetune_assets.export.gguf_file import Head, read_head
 
@@ -197,10 +198,13 @@ def render_jinja(
     # Llama 3's templates take today's date unless they are told one.
     given: dict[str, Any] = {**specials, "date_string": "26 Jul 2024", "tools": tools}
     try:
-        rendered = render_jinja_template(
-            [conversation], chat_template=template, add_generation_prompt=generation, **given
-        )
-    except TypeError as error:  # the template's own: it takes messages to be of another form
+        with rendering():
+            rendered = render_jinja_template(
+                [conversation], chat_template=template, add_generation_prompt=generation, **given
+            )
+    except (TemplateError, BadInput):
+        raise
+    except Exception as error:  # the template's own: it takes messages to be of another form, say
         raise TemplateError(str(error)) from error
     return rendered[0][0]
 

@@ -30,6 +30,7 @@ from finetune_assets.export.shards import (
     quantised_tensor,
     write_index,
 )
+from finetune_assets.json_text import read_model_json
 from finetune_assets.remote_code import SOURCES, is_code
 
 ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
@@ -362,17 +363,12 @@ def _copy_companions(
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file of a model's or an adapter's folder; StepFailed where it is missing or none."""
+    if not path.exists():
+        raise StepFailed(f"{path} is missing", f"{path.parent} is not what it should be; make or fetch it again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StepFailed(
-            f"{path} is missing", f"{path.parent} is not what it should be; make or fetch it again"
-        ) from None
-    except ValueError as error:
-        raise StepFailed(f"{path} is no JSON: {error}", "make or fetch it again") from error
-    if not isinstance(value, dict):
-        raise StepFailed(f"{path} is no JSON object", "make or fetch it again")
-    return value
+        return read_model_json(path)
+    except BadInput as error:
+        raise StepFailed(error.message, "make or fetch it again") from error
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

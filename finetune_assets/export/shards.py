@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.files import why_not_regular
+from finetune_assets.json_text import Refused, parse_json, read_model_json
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LONGEST_HEAD = 100_000_000  # bytes; what the safetensors library takes
 BYTES_OF = {  # in the order in which safetensors lays types out
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
@@ -85,7 +88,7 @@ class Checkpoint:
         """The file that a tensor is in, and the place of its first byte."""
         file = self.folder / self.file_of[name]
         if file.name not in self._places:
-            begin, entries = _entries(file)
+            begin, entries = read_head(file)
             self._places[file.name] = {key: begin + entry["data_offsets"][0] for key, entry in entries.items()}
         return file, self._places[file.name][name]
 
@@ -134,8 +137,10 @@ def read_index(folder: Path, called: str) -> dict[str, str] | None:
     if not (folder / INDEX).is_file():
         return None
     try:
-        file_of: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        file_of: dict[str, str] = read_model_json(folder / INDEX)["weight_map"]
         outside = [file for file in file_of.values() if Path(file).name != file]
+    except BadInput as error:
+        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error})", "fetch or make it again") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StepFailed(f"{called}: {INDEX} is no index of shards ({error!r})", "fetch or make it again") from error
     if outside:
@@ -152,7 +157,7 @@ def stored_types(folder: Path) -> set[str]:
     """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
     types: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
-        types |= {entry["dtype"] for entry in _entries(file)[1].values()}
+        types |= {entry["dtype"] for entry in read_head(file)[1].values()}
     return types
 
 
@@ -162,22 +167,44 @@ def quantised_tensor(folder: Path) -> Spec | None:
     Whole numbers that are no weights, such as positions and masks, belong to many models.
     """
     for file in sorted(folder.glob("*.safetensors")):
-        for name, entry in _entries(file)[1].items():
+        for name, entry in read_head(file)[1].items():
             if entry["dtype"] not in WHOLE and WEIGHT.search(name):
                 return Spec(name, entry["dtype"], tuple(entry["shape"]))
     return None
 
 
-def _entries(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where a file's data begin, and what its head says of each tensor."""
-    with file.open("rb") as data:
-        size = int.from_bytes(data.read(8), "little")
-        try:
-            entries = json.loads(data.read(min(size, file.stat().st_size)))
-        except ValueError as error:
-            raise StepFailed(f"{file} cannot be read: no safetensors ({error})", "fetch or make it again") from error
-    entries.pop("__metadata__", None)
+def read_head(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a file's data begin, and what its head says of each tensor: dtype, shape, data_offsets.
+
+    Raises:
+        StepFailed: it is not a regular file, or its head is not that of safetensors.
+    """
+    if (why := why_not_regular(file)) is not None:
+        raise StepFailed(f"{file}: {why}", "fetch or make it again")
+    try:
+        with file.open("rb") as data:
+            size = int.from_bytes(data.read(8), "little")
+            if size > min(LONGEST_HEAD, file.stat().st_size - 8):
+                raise Refused(f"its head would have {size} bytes")
+            entries = parse_json(data.read(size).decode("utf-8"), clean=False)
+        if not isinstance(entries, dict):
+            raise Refused("its head is not an object")
+        entries.pop("__metadata__", None)
+        if wrong := next((name for name, entry in entries.items() if not _describes(entry)), None):
+            raise Refused(f"its head does not describe the tensor {wrong[:60]!a}")
+    except (OSError, ValueError) as error:
+        raise StepFailed(f"{file} cannot be read: no safetensors ({error})", "fetch or make it again") from error
     return 8 + size, entries
+
+
+def _describes(entry: Any) -> bool:
+    """Whether this is what safetensors says of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(part, list) and all(type(item) is int and item >= 0 for item in part) for part in numbers):
+        return False
+    return len(entry["data_offsets"]) == 2
 
 
 def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.export.exact_checks import ORDINARY, PLAIN, Failure, architecture
 from finetune_assets.export.gguf_file import Head
+from finetune_assets.json_text import read_model_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ def _merges(head: Head, merged: Path) -> Iterator[Failure]:
     """The first pair that is joined otherwise; nothing of a tokenizer without a tokenizer.json."""
     if not (file := merged / "tokenizer.json").is_file():
         return
-    pairs = json.loads(file.read_text(encoding="utf-8"))["model"].get("merges") or []
+    pairs = read_model_json(file)["model"].get("merges") or []
     wanted = [pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
     found = head.get("tokenizer.ggml.merges", [])
     if found != wanted:

@@ -1,0 +1,97 @@
+"""Renders conversations by a chat template, within limits of time and memory: a program, never imported.
+
+A chat template is a program of whoever published the model. Jinja's sandbox keeps it from files and the network, and
+not from loops without end or from texts that fill the memory. Started as `python -I template_child.py` it reads
+{"template", "conversations", "specials", "seconds", "bytes"} as JSON and prints {"error": null or "memory"}. The caller
+ends it when it does not answer. jinja2 is all that it loads: a limit on memory leaves no room for torch.
+"""
+
+import json
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import ClassVar
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "to look up",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
+
+
+class Generation(jinja2.ext.Extension):
+    """transformers' `{% generation %}` marks what the model says; here it only has to parse."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+
+    def parse(self, parser: Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
+        """Take the block for what is inside it."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def refuse(message: str) -> None:
+    """Raise what templates raise on conversations that they do not take."""
+    raise jinja2.TemplateError(message)
+
+
+def now(form: str) -> str:
+    """Return the date as a template wants it."""
+    return datetime.now().astimezone().strftime(form)
+
+
+@contextmanager
+def harmless() -> Iterator[None]:
+    """Pass over what a template refuses, its own mistakes too: whoever needs the conversation says so."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as refused:
+        refused.__traceback__ = None
+
+
+def render(template: str, conversations: list[list[dict[str, str]]], specials: dict[str, str]) -> None:
+    """Render each conversation, with and without what asks for an answer, and with a tool."""
+    extensions: list[type[jinja2.ext.Extension]] = [Generation, jinja2.ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
+    compiled = None
+    with harmless():
+        compiled = environment.from_string(template)
+    if compiled is None:
+        return
+    for messages in conversations:
+        for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False}, {"tools": [TOOL]}):
+            with harmless():
+                compiled.render(messages=messages, **{**specials, "tools": None, **options})
+
+
+def main() -> None:
+    """Read the job, do it within its limits, print the answer."""
+    job = json.load(sys.stdin)
+    resource.setrlimit(resource.RLIMIT_AS, (job["bytes"], job["bytes"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    error = None
+    try:
+        render(job["template"], job["conversations"], job["specials"])
+    except MemoryError:
+        error = "memory"
+    json.dump({"error": error}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
