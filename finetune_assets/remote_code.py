@@ -31,6 +31,7 @@ SOURCES = "*.py"  # what is taken along where the recipe trusts the model
 IMPORTABLE = (".py", ".pyw", ".pyc", ".pyo", ".pyd", ".pth", ".so", ".dll", ".dylib")
 CODE_PATTERNS = tuple("*" + re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", suffix) for suffix in IMPORTABLE)
 """The same for whoever takes file name patterns, in any case: some disks make no difference."""
+LONGEST = 200  # characters of a class name in a message
 AUTO_MAP = "auto_map"
 CONFIG = "config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -83,10 +84,14 @@ def _auto_maps(content: Any) -> Iterator[str]:
         if isinstance(named, dict):
             for auto, classes in named.items():
                 one = classes if isinstance(classes, list) else [classes]
-                yield f"{auto}: {', '.join(str(name) for name in one if name)}"
+                yield _printable(f"{auto}: {', '.join(str(name) for name in one if name)}")
         elif named:
-            yield str(named)
+            yield _printable(str(named))
         waiting += [inner for key, inner in value.items() if key != AUTO_MAP]
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST])
 
 
 def refuse_unknown_architecture(folder: Path, what: str) -> None:
@@ -99,17 +104,23 @@ def refuse_unknown_architecture(folder: Path, what: str) -> None:
             raise StepFailed(f"cannot use {what}: {NEEDED} ({asked[0]})", HINT)
 
 
-def explained(error: BaseException, what: str, asked: list[str]) -> StepFailed | None:
-    """The failure of a model that cannot be loaded without its own code; None where the cause is another one.
+def needs_its_own_code(what: str, folder: Path, file: str, reason: str | None) -> StepFailed | None:
+    """The failure of a model that cannot be read without its own code; None where nothing speaks for that.
 
     Args:
-        error: raised when `what` was loaded.
-        asked: the classes that may be missing; empty where only a refusal is a reason.
+        what: could not be done, e.g. "cannot load the tokenizer of X".
+        file: of the folder, whose classes come first in the message.
+        reason: what refused to run code; None: whatever `file` asks for is taken for the reason.
     """
-    refused = next((cause for cause in _causes(error) if isinstance(cause, CodeRefused)), None)
-    if refused is None and not asked:
+    named = asked_for(folder, file) or (asked_for(folder) if reason else [])
+    if not named and reason is None:
         return None
-    return StepFailed(f"cannot load {what}: {NEEDED} ({refused or asked[0]})", HINT)
+    return StepFailed(f"{what}: {NEEDED} ({named[0] if named else reason})", HINT)
+
+
+def refusal(error: BaseException) -> str | None:
+    """What was refused, if that is why the error was raised."""
+    return next((str(cause) for cause in _causes(error) if isinstance(cause, CodeRefused)), None)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -146,7 +146,8 @@ def test_the_converter_runs_no_code(kind: str, tmp_path: Path, marker: Path, cac
     hostile(base / "LICENSE_tok.py", marker)  # as an older version of ours may have taken it along
     with pytest.raises(StepFailed) as caught:
         converter.convert_vocabulary(base, tmp_path / "vocabulary.gguf", cache)
-    assert caught.value.message.startswith(f"llama.cpp's converter cannot read the tokenizer of {base}: {NEEDED} (")
+    names = "tokenizer_config.json: AutoTokenizer: LICENSE_tok.Tok"
+    assert caught.value.message == f"llama.cpp's converter cannot read the tokenizer of {base}: {NEEDED} ({names})"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_a_merge_runs_no_code(tmp_path: Path, evil: str) -> None:
     paths = {"base": base, "adapter": adapter, "out": tmp_path / "merged", "held_out": held_out}
     job: dict[str, Any] = {"task": "merge", **{name: str(path) for name, path in paths.items()}}
     sections = {"export": ExportSection().model_dump(), "model": UNTRUSTED.model_dump()}
-    with pytest.raises(StepFailed, match=f"cannot load the model .*{NEEDED}"):
+    with pytest.raises(StepFailed, match=f"cannot load the model .*{NEEDED} .config.json: AutoConfig: "):
         launch.run({**job, **sections}, lambda event: None)
 
 
@@ -334,15 +335,15 @@ def test_a_tokenizer_class_that_is_none(named: str, tmp_path: Path) -> None:
 
 def test_what_the_files_ask_for_is_named(tmp_path: Path) -> None:
     write_json(
-        tmp_path / "config.json", {"text_config": [{"auto_map": {"AutoModel": "a.B"}}], "auto_map": {"X": "c.D"}}
+        tmp_path / "config.json", {"text_config": [{"auto_map": {"AutoModel": "a.B"}}], "auto_map": {"X": "c.D\x1b[2J"}}
     )
-    write_json(tmp_path / "tokenizer_config.json", {"auto_map": ["e.F", None]})
+    write_json(tmp_path / "tokenizer_config.json", {"auto_map": ["e.F\x1b[2J", None]})
     (tmp_path / "generation_config.json").write_text("[" * 100_000)
     (tmp_path / "processor_config.json").write_text("{")
     assert remote_code.asked_for(tmp_path) == [
-        "config.json: X: c.D",
+        "config.json: X: c.D?[2J",
         "config.json: AutoModel: a.B",
-        "tokenizer_config.json: ['e.F', None]",
+        "tokenizer_config.json: ['e.F\\x1b[2J', None]",
     ]
     assert remote_code.asked_for(tmp_path, "processor_config.json", "nowhere.json") == []
 

