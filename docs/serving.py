@@ -38,6 +38,9 @@ Printed by `python -m docs.serving {recipe}`: each command was run on the finish
 said. The servers listened on free ports of the loopback interface, over a copy of the project; ports and paths are
 shown as a reader would have them. Answers are sampled as each program does by itself, and differ from one time to the
 next; `finetune chat` always takes the likeliest token.
+
+Merge an adapter before it is served: `ADAPTER` in a Modelfile never ran in Ollama's own engine, and servers since
+0.34.1 refuse it. [Which Ollama does what](ollama.md) has the rest.
 """
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 PROMPT = "Send a message (/? for help)"  # what `ollama run` shows where one types

@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ollama import Client, ResponseError
+from ollama import ChatResponse, Client, Message, ResponseError
 
 from finetune_assets.digests import digest_of_file
 from finetune_assets.errors import StepFailed
 from finetune_assets.export import ollama_store, ollama_weights
 from finetune_assets.export.expected import Expected, expected
-from finetune_assets.export.gguf_file import STRING, UINT32, Head, read_head
+from finetune_assets.export.gguf_file import STRING, read_head
 from finetune_assets.export.gguf_form import write_in_form
 from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_behaviour import behaviour, rendered
-from finetune_assets.export.ollama_checks import answered
+from finetune_assets.export.ollama_checks import answered, compare
 from finetune_assets.export.ollama_process import serving
 from finetune_assets.export.ollama_server import answers, digest, show
 from finetune_assets.export.ollama_weights import compare_content, copies, release
@@ -30,6 +30,7 @@ from tests.conftest import MiniProject
 from tests.history_fixtures import make_chain, plan_of, store_of
 from tests.ollama_fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files, with_weights
 from tests.support.ollama_standin import Settings, standing_in
+from tests.support.standin_copies import another_type, backwards, one_weight_changed, other_metadata
 from tests.support.standin_store import copy_weights, llama_quantize
 from tests.test_verify import all_good, failed, look
 
@@ -50,51 +51,6 @@ def model(files: Files) -> OllamaModel:
 @pytest.fixture(scope="module")
 def reply(model: OllamaModel) -> Expected:
     return expected(model)
-
-
-def backwards(source: Path, target: Path) -> None:
-    """A copy in another form than llama-quantize's: tensors from the last to the first, other metadata first."""
-    head = read_head(source)
-    turned = replace(head, raw=dict(reversed(head.raw.items()))).laid_out(head.tensors[::-1])
-    _write(source, head, turned, target)
-
-
-def _write(source: Path, head: Head, made: Head, target: Path) -> None:
-    data, places = source.read_bytes(), {tensor.name: head.data_start + tensor.offset for tensor in head.tensors}
-    with target.open("wb") as out:
-        out.write(made.encode())
-        start = out.tell()
-        for tensor in made.tensors:
-            out.seek(start + tensor.offset)
-            out.write(data[places[tensor.name] :][: tensor.nbytes])
-        out.truncate(start + made.data_size)
-
-
-def one_weight_changed(source: Path, target: Path) -> None:
-    """The last byte of one tensor in the middle of the file."""
-    backwards(source, target)
-    head = read_head(target)
-    tensor = next(tensor for tensor in head.tensors if tensor.name == "blk.1.ffn_up.weight")
-    with target.open("r+b") as file:
-        file.seek(head.data_start + tensor.offset + tensor.nbytes - 1)
-        last = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([last ^ 1]))
-
-
-def other_metadata(source: Path, target: Path) -> None:
-    head = read_head(source)
-    write_in_form(source, head.with_value("llama.context_length", UINT32, 511), target)
-
-
-def another_type(source: Path, target: Path) -> None:
-    """A tensor table that says something else: one matrix turned on its side."""
-    head = read_head(source)
-    turned = [
-        replace(tensor, shape=tensor.shape[::-1]) if tensor.name == "output.weight" else tensor
-        for tensor in head.tensors
-    ]
-    _write(source, head, head.laid_out(turned), target)
 
 
 @contextmanager
@@ -317,6 +273,15 @@ def test_another_distribution_is_found(files: Files, model: OllamaModel, reply: 
         other = expected(replace(model, gguf=files.other, sha256=digest_of_file(files.other)))
         found = {check.name: check for check in answered(client(host), "tiny", replace(reply, first=other.first))}
     assert not found["first distribution"].ok and found["first tokens"].ok
+
+
+def test_thoughts_that_are_told_apart() -> None:
+    wanted = Expected("Hi", 5, "<think>\nWell.\n</think>\n\nHello", 9, True)
+    message = Message(role="assistant", content="Hello", thinking="Well.")
+    answer = ChatResponse(message=message, done_reason="stop", prompt_eval_count=5)
+    assert all(check.ok for check in compare(answer, wanted))
+    message.thinking = "Ill."
+    assert [check.name for check in compare(answer, wanted) if not check.ok] == ["first tokens"]
 
 
 def test_adapters_are_refused(model: OllamaModel, tmp_path: Path) -> None:

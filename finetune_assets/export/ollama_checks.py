@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_behaviour import Behaviour
 
 if TYPE_CHECKING:
-    from ollama import ChatResponse, Client
+    from ollama import ChatResponse, Client, Message
 
 # Half the sum of differences between two engines' probabilities of the first token. Their kernels round differently:
 # see CLEAR in expected.
 FURTHEST = 0.1
+THINKING_MARKS = re.compile(r"\s*</?think>\s*")
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def answered(
 
 def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | None = None) -> list[Check]:
     """A server's answer, in greedy decoding, against llama.cpp's."""
-    said, wanted = answer.message.content or "", expected.text
+    said, wanted = _said(answer.message, expected.text)
     checks = [*_prompt(answer.prompt_eval_count, expected, behaviour), *_first_distribution(answer, expected)]
     if expected.tokens == 0:
         return [*checks, Check("first tokens", True, "not compared: llama.cpp itself hesitates at the first")]
@@ -101,6 +103,14 @@ def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | Non
         return [*checks, Check("stops by itself", True, "not compared: llama.cpp's own answer is longer")]
     stops = answer.done_reason == "stop"
     return [*checks, Check("stops by itself", stops, "it does" if stops else f"it does not ({answer.done_reason})")]
+
+
+def _said(message: Message, wanted: str) -> tuple[str, str]:
+    """What a server says and what it should say; one that tells thoughts apart leaves out their marks."""
+    content = message.content or ""
+    if not message.thinking:
+        return content, wanted
+    return (message.thinking + content).strip(), THINKING_MARKS.sub("", wanted)
 
 
 def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -> list[Check]:

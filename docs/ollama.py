@@ -1,0 +1,121 @@
+"""One model on an Ollama of 2025 and on a stand-in for one of 2026: publishes it to each, and prints `finetune verify`.
+
+usage: python -m docs.ollama RECIPE [> docs/ollama.md]
+Run the recipe first (`make demo`). Needs Ollama (on the PATH, or OLLAMA_BIN); llama-quantize, where it was built
+(bench/llama_tools.py), copies weights in the stand-in. Works on a copy of the finished project.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from docs.changes import PROJECT, Copy
+from docs.serving import WIDTH, Shell
+from finetune_assets.errors import StepFailed
+from finetune_assets.export.elsewhere import OLLAMA
+from finetune_assets.export.ollama_process import find_binary, serving
+from tests.support.ollama_standin import Settings, standing_in
+from tests.support.standin_copies import backwards, one_weight_changed
+from tests.support.standin_store import llama_quantize
+
+HEAD = """# Which Ollama does what
+
+Printed by `python -m docs.ollama {recipe}`: the finished model was published to each server below, on a free port of
+the loopback interface, and the commands say what they said; ports and paths are shown as a reader would have them. The
+stand-in is not Ollama: it does what was read in the source of Ollama 0.33 and 0.34 (`tests/support/ollama_standin.py`),
+and copies weights with {tool}.
+
+{table}
+
+`finetune run` and `finetune verify` find out which it is and say so (`served by`). GGUF files are written in the form
+that `llama-quantize COPY` leaves as it is, so the digest on such a server is the file's own. Where it differs all the
+same, the check `weights` compares content: byte for byte where the server's folder can be read, else names, shapes,
+types and metadata through its API, and says which.
+"""
+ROWS = (
+    ("server", "before 0.30", "0.30 and later"),
+    ("---", "---", "---"),
+    (
+        "prompts",
+        "by the model's TEMPLATE",
+        "by TEMPLATE, or by the GGUF file's chat template where that can do more (tools, thinking); with "
+        "`OLLAMA_GO_TEMPLATE=1` on the server always by TEMPLATE, with `0` by the chat template",
+    ),
+    ("weights", "stored as sent", "0.31.2 and later: copied with `llama-quantize COPY`"),
+    ("configuration in the store", "with `rootfs`", "0.32.7 and later: without; ours has none, and both read both"),
+    (
+        "LoRA `ADAPTER` in a Modelfile",
+        "created, but does not run in Ollama's own engine",
+        "0.34.1 and later: refused. Merge the adapter first, as `merged_model` does",
+    ),
+    (
+        "`_debug_render_only`, `logprobs`",
+        "unknown to old releases",
+        "known: the prompt's text and the distribution of the first token are compared",
+    ),
+    (
+        "`prompt_eval_count`",
+        "all tokens of the prompt",
+        "the first 0.30 releases leave cached ones out: then the text of the prompt counts",
+    ),
+)
+
+
+def main(recipe: str) -> None:
+    binary = find_binary()
+    if binary is None:
+        raise StepFailed("there is no Ollama here", "install it, or set OLLAMA_BIN to its binary")
+    tool = "llama-quantize itself" if llama_quantize() else "our own writer of the same form"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in ROWS)
+    print(HEAD.format(recipe=recipe, tool=tool, table=table))
+    with tempfile.TemporaryDirectory(dir=PROJECT / "dagster_home") as folder:
+        copy = Copy(Path(folder) / "copy", recipe)
+
+        def published(title: str, server: Callable[[Path], AbstractContextManager[str]], name: str) -> None:
+            print(f"## {title}\n", flush=True)
+            with server(Path(folder) / name) as host:
+                publish_and_verify(copy, recipe, host, folder)
+
+        published("A real Ollama 0.9.3", lambda models: serving(models, binary=binary), "real")
+        published("The stand-in", standing_in, "current")
+        published(
+            "The stand-in, with OLLAMA_GO_TEMPLATE=0",
+            lambda models: standing_in(models, Settings(go_template="0")),
+            "jinja",
+        )
+        published(
+            "The stand-in, if its copies had another form",
+            lambda models: standing_in(models, Settings(copy=backwards)),
+            "backwards",
+        )
+        published(
+            "The stand-in, if its copies changed one weight",
+            lambda models: standing_in(models, Settings(copy=one_weight_changed)),
+            "changed",
+        )
+
+
+def publish_and_verify(copy: Copy, recipe: str, host: str, folder: str) -> None:
+    environment = {
+        **os.environ,
+        **{"FINETUNE_PROJECT": str(copy.root), "DAGSTER_HOME": str(copy.home), "COLUMNS": str(WIDTH)},
+        **{"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])},
+        **{"OLLAMA_HOST": host, "HOME": folder, "TERM": "dumb"},
+    }
+    shell = Shell(copy.root, environment, {str(copy.home): "dagster_home", host: OLLAMA})
+    run = f"finetune run {recipe} --to ollama_model"
+    done = subprocess.run(run, shell=True, env=environment, cwd=copy.root, capture_output=True, encoding="utf-8")
+    if done.returncode:
+        shell.show(run, done.stdout + done.stderr)
+    else:
+        shell.run(f"curl -s {host}/api/version", f"finetune verify {recipe}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
