@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,10 +20,10 @@ from finetune_assets.export import ollama_store, ollama_weights
 from finetune_assets.export.expected import Expected, expected
 from finetune_assets.export.gguf_file import STRING, read_head
 from finetune_assets.export.gguf_form import write_in_form
-from finetune_assets.export.modelfile import OllamaModel
+from finetune_assets.export.modelfile import OllamaModel, modelfile
 from finetune_assets.export.ollama_behaviour import behaviour, rendered
-from finetune_assets.export.ollama_checks import answered, compare
-from finetune_assets.export.ollama_process import serving
+from finetune_assets.export.ollama_checks import answered, compare, written
+from finetune_assets.export.ollama_process import find_binary, serving
 from finetune_assets.export.ollama_server import answers, digest, show
 from finetune_assets.export.ollama_weights import compare_content, copies, release
 from finetune_assets.rollback import rollback
@@ -289,6 +290,28 @@ def test_adapters_are_refused(model: OllamaModel, tmp_path: Path) -> None:
         blob = client(host).create_blob(model.gguf)
         with pytest.raises(ResponseError, match="adapters are not supported"):
             client(host).create(model="x", files={"x.gguf": blob}, adapters={"a.gguf": blob})
+
+
+@needs_server
+def test_ollama_s_own_command_line_talks_to_the_stand_in(model: OllamaModel, tmp_path: Path) -> None:
+    """Our Modelfile goes through `ollama create`; one with an ADAPTER is refused."""
+    binary = find_binary()
+    (tmp_path / "Modelfile").write_text(modelfile(model), encoding="utf-8")
+    (tmp_path / "Adapted").write_text(f"FROM {model.gguf}\nADAPTER {model.gguf}\n", encoding="utf-8")
+    with current(tmp_path / "models") as host:
+        environment = {"OLLAMA_HOST": host, "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+
+        def ollama(*words: str) -> subprocess.CompletedProcess[str]:
+            command = [str(binary), *words]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+        assert ollama("create", "mine", "-f", str(tmp_path / "Modelfile")).returncode == 0
+        assert all(check.ok for check in written(show(host, "mine"), model))
+        assert ollama("list").stdout.splitlines()[1].startswith("mine:latest")
+        assert "Be brief." in ollama("show", "mine").stdout
+        assert ollama("run", "mine", "Hi").returncode == 0
+        refused = ollama("create", "adapted", "-f", str(tmp_path / "Adapted"))
+        assert refused.returncode == 1 and "adapters are not supported" in refused.stderr
 
 
 @needs_server
