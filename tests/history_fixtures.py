@@ -17,6 +17,7 @@ from finetune_assets.plan import Planned, make_plan, open_store
 from finetune_assets.recipe_file import load_recipe
 from tests.conftest import MiniProject
 from tests.export_fixtures import CHATML
+from tests.template_files import add_letters
 
 
 def stand_in(step: Step) -> Made:
@@ -28,15 +29,13 @@ def stand_in(step: Step) -> Made:
 
 
 def tiny_gguf(path: Path, seed: str) -> None:
-    """A GGUF file with a chat template and three tokens, and weights that no engine would run."""
+    """A GGUF file with a chat template and a tokenizer of bytes, and weights that no engine would run."""
     import gguf
     import numpy as np
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(0)
-    writer.add_chat_template(CHATML)
-    writer.add_token_list(["<unk>", "<|im_start|>", "<|im_end|>"])
-    writer.add_eos_token_id(2)
+    add_letters(writer, CHATML, ["<unk>", "<|im_start|>", "<|im_end|>"])
     digest = hashlib.sha256(seed.encode()).digest()
     writer.add_tensor("token_embd.weight", np.frombuffer(digest, np.uint8).astype(np.float32).reshape(1, 32))
     writer.write_header_to_file()

@@ -14,7 +14,7 @@ from finetune_assets.export.converter import convert_vocabulary
 from finetune_assets.export.rehearsal import rehearse
 from finetune_assets.process import launch
 from finetune_assets.recipe import ModelSection
-from tests.export_fixtures import converter_cache
+from tests.export_fixtures import CHATML, converter_cache
 
 TALK = [
     {"role": "system", "content": "Be brief. 简短。"},
@@ -69,6 +69,39 @@ def test_another_tokenizer_is_noticed(vocabulary: Path, tiny_base: Path, rows: P
 def test_a_template_that_does_not_fit_the_base(vocabulary: Path, tiny_base: Path, rows: Path) -> None:
     with pytest.raises(BadInput, match="which the base model does not have"):
         rehearse(vocabulary, tiny_base, rows, section(template="llama3"))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            "{{ 'again: ' if loop.index > 4 and message.role == 'user' }}",
+            "the chat template writes the same kind of turn in more than one way",
+        ),
+        (
+            "{{ '[none]' if tools is not defined and 'three' in message['content'] }}",
+            "current Ollama servers render this chat template otherwise than training does: it writes",
+        ),
+    ],
+)
+def test_a_template_that_servers_do_not_follow(
+    vocabulary: Path, tiny_base: Path, rows: Path, tmp_path: Path, change: str, why: str
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(CHATML.replace("%}", f"%}}{change}", 1), encoding="utf-8")
+    with pytest.raises(StepFailed, match=why) as caught:
+        rehearse(vocabulary, base, rows, section())
+    assert str(caught.value.hint).startswith("nothing was trained; name a chat template")
+    rehearse(vocabulary, base, rows, section(template="chatml"))
+
+
+def test_a_date_is_the_same_in_training_and_serving(
+    vocabulary: Path, tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    dated = "{% for tool in tools or [] %}{% endfor %}{{ date_string | default('26 Jul 2024') }}" + CHATML
+    (base / "chat_template.jinja").write_text(dated, encoding="utf-8")
+    rehearse(vocabulary, base, rows, section())
 
 
 def test_the_worker_trains_nothing_then(vocabulary: Path, tiny_base: Path, rows: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
         "models": table([_row(name, facts) for name in facts["models"]]),
         "served from": dg.MetadataValue.text(f"{facts['where']} {place}"),
         "Modelfile": dg.MetadataValue.md(f"````\n{_of_the_moment(artifact)}````"),
+        "prompts": dg.MetadataValue.text(facts["prompts"]) if "prompts" in facts else dg.MetadataValue.null(),
         "notes": dg.MetadataValue.md("\n".join(f"- {note}" for note in facts["notes"]) or "none"),
     }
 

@@ -124,12 +124,14 @@ class GgufEngine:
 
     Args:
         num_ctx: context window in tokens; prompt and answer share it, and memory grows with it.
+        pure: take the model's words as they are; otherwise llama.cpp picks tool calls out of them, as it does for
+            servers, and may prepare messages for that.
 
     Raises:
         StepFailed: no such file, or llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, *, num_ctx: int = 2048):
+    def __init__(self, path: Path, *, num_ctx: int = 2048, pure: bool = True):
         if not path.is_file():
             raise StepFailed(f"{path}: there is no such GGUF file", "materialise gguf_file, or check the path")
         self.name = path.stem
@@ -150,7 +152,7 @@ class GgufEngine:
         params.endpoint_slots = False
         params.endpoint_metrics = True
         params.cache_ram_mib = 0  # else up to 8 GiB of earlier prompts
-        params.force_pure_content_parser = True  # the model's words as they are, no tool calls picked out of them
+        params.force_pure_content_parser = pure
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:

@@ -96,7 +96,7 @@ def expected(model: OllamaModel) -> Expected:
                     "raise ollama.num_ctx, or shorten the system prompt",
                 )
             one = _follow(engine, question, messages, prompt, model.parameters.get("stop", []), room)
-            text, first = engine.prompt_text(messages), engine.first_tokens(prompt, TOLD)
+            text, first = engine.prompt({"messages": messages}), engine.first_tokens(prompt, TOLD)
             found.append(replace(one, system=model.system, prompt=text, first=first, probes=probes))
             if found[-1].ends:
                 return found[-1]
@@ -109,7 +109,7 @@ def _rendered(engine: ProbeEngine, said: Messages) -> tuple[tuple[Messages, str]
     for probe in PROBES:
         messages = [*said, *probe]
         with suppress(StepFailed):
-            found.append((messages, engine.prompt_text(messages)))
+            found.append((messages, engine.prompt({"messages": messages})))
     return tuple(found)
 
 

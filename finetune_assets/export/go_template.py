@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.chat.pinning import pins
 from finetune_assets.chat.template_limits import rendering
 from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.export import go_eval
@@ -123,12 +124,7 @@ def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system:
             wanted = render_jinja(template, messages, specials)
         except TemplateError as error:
             return f"it refuses it: {error}"
-        got = bos + go_eval.render(text, go_data(served))
-        if got == wanted:
-            return None
-        at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
-        near = slice(max(0, at - 30), at + 30)
-        return f"it writes {wanted[near]!r} where {got[near]!r} would be"
+        return differs(bos + go_eval.render(text, go_data(served)), wanted)
 
     notes: list[str] = []
     for kind, messages in battery():
@@ -142,13 +138,25 @@ def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system:
         notes.append("the chat template writes no system message, so there is no SYSTEM")
     if _tells_of_tools(template, specials):
         notes.append(
-            "the chat template can tell of tools, TEMPLATE does not: Ollama describes them in JSON of its own, unlike "
-            "what the model learnt from. llama-server --jinja follows the chat template there, too"
+            "the chat template writes tools, TEMPLATE does not: Go spells their JSON otherwise than Jinja does. Ollama "
+            "before 0.30 refuses requests with tools; later releases and llama-server --jinja follow the chat template"
         )
-    if "strftime_now" in template:
-        notes.append("the chat template prints today's date: TEMPLATE keeps to one")
+    if (told := pins(template)) or "strftime_now" in template:
+        notes += told or ["the chat template prints today's date: TEMPLATE keeps to one"]
+    if "<think>" in words.generation:
+        ends = "with thinking closed" if "</think>" in words.generation else "in an open <think>"
+        notes.append(f"a prompt ends {ends}, as it did in training")
     served = _served(system, difference) if system and words.before_system is not None else None
     return GoTemplate(text, served or None, tuple(dict.fromkeys(notes)))
+
+
+def differs(got: str, wanted: str) -> str | None:
+    """How the prompt that a server makes differs from what the chat template writes; None if it does not."""
+    if got == wanted:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    near = slice(max(0, at - 30), at + 30)
+    return f"it writes {wanted[near]!r} where {got[near]!r} would be"
 
 
 def _served(system: str, difference: Callable[[Messages, Messages], str | None]) -> str:

@@ -52,10 +52,11 @@ class ProbeEngine(GgufEngine):
     Args:
         letter: id of a token whose text is whole by itself. llama.cpp reports no probabilities of a position at which
             it has sampled the half of a character, so this is what it is made to sample.
+        pure: see `GgufEngine`.
     """
 
-    def __init__(self, path: Path, *, num_ctx: int, letter: int):
-        super().__init__(path, num_ctx=num_ctx)
+    def __init__(self, path: Path, *, num_ctx: int, letter: int, pure: bool = True):
+        super().__init__(path, num_ctx=num_ctx, pure=pure)
         self._bias = [[letter, FORCED]]
 
     def next_token(self, prefix: Sequence[int], top: int = TOP) -> Distribution:
@@ -101,13 +102,17 @@ class ProbeEngine(GgufEngine):
         Raises:
             StepFailed: llama.cpp cannot render them.
         """
-        text = self.prompt_text(messages)
+        text = self.prompt({"messages": messages})
         # As its chat completions do: begin-of-text where the file asks for it, special tokens by their text.
         return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]
 
-    def prompt_text(self, messages: Messages) -> str:
-        """The prompt that llama.cpp makes of these messages by the file's chat template. StepFailed if it cannot."""
-        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+    def prompt(self, request: dict[str, Any]) -> str:
+        """The text that a chat completion with this request (messages, tools, ...) reads, but for begin-of-text.
+
+        Raises:
+            StepFailed: llama.cpp cannot render it.
+        """
+        return str(self._post("/apply-template", request)["prompt"])
 
     def first_tokens(self, prefix: Sequence[int], top: int) -> dict[str, float]:
         """The likeliest tokens after `prefix` and their probabilities; those whose text is none are left out."""

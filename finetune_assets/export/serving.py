@@ -35,17 +35,18 @@ def publish(
 
     Returns:
         name (without a tag), models (by name with its tag: type, file and sha256 of the weights), template, system,
-        parameters, the text of the first's Modelfile, notes on what will not be as asked for, and what `serve` returns.
+        parameters, the text of the first's Modelfile, prompts (how servers make them, in words), notes on what will not
+        be as asked for, and what `serve` returns.
 
     Raises:
         StepFailed: no TEMPLATE renders the chat template with this system prompt, or the server fails.
     """
-    from finetune_assets.export.go_template import from_gguf
+    from finetune_assets.export.template_proof import prove_file
 
     files = {name: (kind, gguf.metrics["types"][kind]["file"]) for name, kind in recipe.served.items()}
     first = gguf.path / files[f"{recipe.ollama.name}:latest"][1]
-    template, longest = from_gguf(first, recipe.system), context_of_gguf(first)
-    notes = list(template.notes)
+    proof, longest = prove_file(first, recipe.system), context_of_gguf(first)
+    template, notes = proof.template, proof.notes
     if longest is not None and recipe.ollama.num_ctx > longest:
         notes.append(
             f"ollama.num_ctx is {recipe.ollama.num_ctx}, but the model was made for {longest} tokens: servers use that"
@@ -60,6 +61,7 @@ def publish(
         "template": template.text,
         "system": template.system,
         "parameters": parameters(recipe.ollama, stop),
+        "prompts": proof.way,
         "notes": notes,
     }
     place = serve(facts, gguf.path, before=before, models=models, progress=progress)

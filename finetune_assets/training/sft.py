@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.decoding import load_network
+from finetune_assets.chat.pinning import pinned
 from finetune_assets.chat.template import chat_settings, resolve_template
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.device import Device
@@ -61,7 +62,7 @@ def train(
     """
     progress({"event": "message", "text": f"loading the base model on {device.name} in {device.precision}"})
     tokenizer = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
-    tokenizer.chat_template = resolve_template(model.template, tokenizer)
+    tokenizer.chat_template = pinned(resolve_template(model.template, tokenizer))
     data = encode_file(rows, tokenizer, train, model)
     if not data.rows:
         raise BadInput(

@@ -118,7 +118,7 @@ class Server:
             by_jinja = prefers_jinja(template, jinja)
         else:
             by_jinja = template is None or (jinja is not None and self.settings.go_template == "0")
-        return engine.prompt_text(messages) if by_jinja else render(str(template), go_data(messages))
+        return engine.prompt({"messages": messages}) if by_jinja else render(str(template), go_data(messages))
 
     def answer(self, request: dict[str, Any], *, chat: bool) -> Iterator[dict[str, Any]]:
         """The parts of an answer to /api/chat or /api/generate."""
