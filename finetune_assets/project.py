@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +44,35 @@ class Project:
         Falls back to the checkout that this package was installed from.
 
         Raises:
-            BadInput: no such folder.
+            BadInput: no such folder, or DAGSTER_HOME cannot be a folder.
         """
         named = os.environ.get("FINETUNE_PROJECT")
         here = (start or Path.cwd()).resolve()
-        candidates = [Path(named).resolve()] if named else [here, *here.parents, Path(__file__).resolve().parent.parent]
-        for root in candidates:
-            if (root / "configs").is_dir() and (root / "pyproject.toml").is_file():
-                home = Path(os.environ.get("DAGSTER_HOME") or root / "dagster_home")
-                return cls(root, home if home.is_absolute() else (root / home).resolve())
+        own = Path(__file__).resolve().parent.parent
+        for root in [Path(named).absolute()] if named else [here, *here.parents, own]:
+            if _is_project(root):
+                return cls(root.resolve(), _home(root.resolve()))
+        where = f"FINETUNE_PROJECT={named}" if named else f"neither {here} nor a folder above it"
         raise BadInput(
-            f"no project found: neither {here} nor a folder above it holds configs/ and pyproject.toml",
+            f"no project found: {where} holds {'no ' if named else ''}configs/ and pyproject.toml",
             "change into the project's folder, or set FINETUNE_PROJECT to it",
         )
+
+
+def _is_project(root: Path) -> bool:
+    try:
+        return (root / "configs").is_dir() and (root / "pyproject.toml").is_file()
+    except OSError:  # a path that the system cannot look up
+        return False
+
+
+def _home(root: Path) -> Path:
+    home = root / (os.environ.get("DAGSTER_HOME") or "dagster_home")
+    try:
+        if not stat.S_ISDIR(home.stat().st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        return home.resolve()
+    except FileNotFoundError:  # it is made when it is needed
+        return home.resolve()
+    except OSError as error:
+        raise BadInput(f"DAGSTER_HOME={home}: {error.strerror}", "set DAGSTER_HOME to a folder, or unset it") from None

@@ -26,6 +26,7 @@ from finetune_assets.export.chat_metadata import corrected
 from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.gguf_form import is_in_form, write_in_form
 from finetune_assets.export.shards import stored_types
+from finetune_assets.files import why_not_regular
 from finetune_assets.packaged import fetch_wheel, unpack
 from finetune_assets.remote_code import TOKENIZER_CONFIG, CodeRefused, needs_its_own_code
 
@@ -184,7 +185,7 @@ def _checkout() -> Path | None:
     if not (given := os.environ.get("LLAMA_CPP_DIR")):
         return None
     checkout = Path(given).expanduser()
-    if not (checkout / SCRIPT).is_file():
+    if why_not_regular(checkout / SCRIPT) is not None:
         raise StepFailed(
             f"LLAMA_CPP_DIR={given} holds no {SCRIPT}",
             "point it to a llama.cpp source folder, or unset it to use the pinned converter",

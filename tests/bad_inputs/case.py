@@ -48,7 +48,7 @@ class Answer:
         """What is wrong with this answer to a bad input; None if nothing is."""
         if self.code is None or self.seconds > SECONDS:
             return f"did not end within {SECONDS:.0f} s"
-        if "Traceback" in self.text or re.search(r"unexpected \w*(Error|Exception)", self.text):
+        if "Traceback" in self.text or re.search(r"unexpected \w*(Error|Exception)|failed unexpectedly", self.text):
             return "an error that nobody foresaw"
         if self.code not in (1, 2):
             return f"exit code {self.code}"

@@ -11,7 +11,7 @@ from tests.bad_inputs.changes import base_folder
 def command_lines() -> Iterator[Case]:
     """Arguments."""
     words = ("nobody", "", " ", ".", "..", "/", "min", "MINI", "mini.yml", "mini/", "configs", "configs/", "a\x1bb",
-            "x" * 5000, "客服", "--", "-x", "\ud800", "mini\n", "*", "configs/nobody.yaml")  # fmt: skip
+            "x" * 5000, "客服", "--", "-x", "\udcff", "mini\n", "*", "configs/nobody.yaml")  # fmt: skip
     for command in ("run", "plan", "artifacts", "verify", "rollback", "chat"):
         for word in words:
             yield Case(
