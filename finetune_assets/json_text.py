@@ -1,8 +1,8 @@
 """JSON within limits: what people and hubs write is refused by name where Python's reader would choke on it later.
 
 Two strictnesses. Files of a model are other programs' (some hold Infinity, a vocabulary may hold a NUL character): they
-must be objects, of bounded size, depth and numbers. What people write for us (registries, rows) must also be clean
-text, finite numbers and keys that are given once.
+must be objects of whole characters, of bounded size, depth and numbers. What people write for us (registries, rows)
+must also hold clean text, finite numbers and keys that are given once.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ def parse_json(text: str, *, clean: bool) -> Any:
     """Parse a JSON text.
 
     Args:
-        clean: refuse numbers that are not finite, keys given twice, NUL characters and lone surrogates.
+        clean: refuse numbers that are not finite, keys given twice and NUL characters, too.
 
     Raises:
         json.JSONDecodeError: it is not JSON.
         Refused: it is, and holds what we do not take.
     """
     try:
-        if not clean:
-            return json.loads(text, parse_int=_whole)
-        value = json.loads(
-            text, parse_int=_whole, parse_float=_finite, parse_constant=_constant, object_pairs_hook=_once
-        )
+        if clean:
+            value = json.loads(
+                text, parse_int=_whole, parse_float=_finite, parse_constant=_constant, object_pairs_hook=_once
+            )
+        else:
+            value = json.loads(text, parse_int=_whole)
     except RecursionError:
         raise Refused("nested too deeply") from None
     if SUSPECT.search(text):
         for word in _texts(value):
-            if "\0" in word:
+            if clean and "\0" in word:
                 raise Refused(f"a text holds a NUL character: {_shown(word)}")
             if any("\ud800" <= char <= "\udfff" for char in word):
                 raise Refused(f"a text holds half a character (a lone surrogate): {_shown(word)}")

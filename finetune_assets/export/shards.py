@@ -31,6 +31,10 @@ BYTES_OF = {  # in the order in which safetensors lays types out
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# Of an element; the last ones are read only to say that a model is quantised.
+BITS = {name: 8 * size for name, size in BYTES_OF.items()} | {
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+}  # fmt: skip
 WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # what weights, and masks beside them, have where they are not quantised
 WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ's name; that of MXFP4's experts
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -143,6 +147,8 @@ def read_index(folder: Path, called: str) -> dict[str, str] | None:
         raise StepFailed(f"{called}: {INDEX} is no index of shards ({error})", "fetch or make it again") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StepFailed(f"{called}: {INDEX} is no index of shards ({error!r})", "fetch or make it again") from error
+    if not file_of:
+        raise StepFailed(f"{called}: {INDEX} names no tensor", "fetch or make it again")
     if outside:
         raise StepFailed(
             f"{called}: {INDEX} names {outside[0]}, which is no file beside it",
@@ -198,13 +204,16 @@ def read_head(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
 
 
 def _describes(entry: Any) -> bool:
-    """Whether this is what safetensors says of a tensor."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+    """Whether this is what safetensors says of a tensor: https://github.com/huggingface/safetensors#format."""
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in BITS:
         return False
     numbers = [entry.get("shape"), entry.get("data_offsets")]
     if not all(isinstance(part, list) and all(type(item) is int and item >= 0 for item in part) for part in numbers):
         return False
-    return len(entry["data_offsets"]) == 2
+    if len(entry["data_offsets"]) != 2:
+        return False
+    begin, end = entry["data_offsets"]
+    return (end - begin) * 8 == math.prod(entry["shape"]) * BITS[entry["dtype"]]
 
 
 def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:

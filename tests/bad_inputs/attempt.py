@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.bad_inputs.case import ADDRESS_SPACE, SECONDS, Answer, Case
+from tests.bad_inputs.changes import base_folder
 from tests.conftest import make_mini
 
 
@@ -21,7 +22,7 @@ def attempt(case: Case, scratch: Path) -> Answer:
     """Do what a case says in a project of its own, in a child of this process, which has everything imported."""
     root = scratch / "project"
     make_mini(scratch)
-    (root / "base").mkdir()
+    base_folder(root)
     before = dict(os.environ)
     case.change(root)
     log = scratch / "output"
