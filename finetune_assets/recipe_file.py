@@ -89,7 +89,7 @@ def load_recipe(path: Path) -> Recipe:
     if problems or recipe is None:
         listed = sorted(set(problems))
         more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
-        raise BadInput("\n".join([*(f"{path}:{line}: {text}" for line, text in listed[:SHOWN]), *more]))
+        raise BadInput("\n".join([*(f"{path}:{line}: {_short(text)}" for line, text in listed[:SHOWN]), *more]))
     return recipe
 
 
@@ -153,6 +153,11 @@ def _explain(item: Any) -> str:
     if kind == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}: {message}, not {_shown(item['input'])}"
+
+
+def _short(text: str) -> str:
+    """A problem in a few lines, whatever long value it quotes."""
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
 
 
 def _shown(value: Any) -> str:

@@ -9,13 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from finetune_assets.artifacts import Made
+from finetune_assets.assets.lora_adapter import LORA_ADAPTER
 from finetune_assets.chat import template_limits
 from finetune_assets.chat.template import CHATML, LLAMA3, SMOLLM2, encode_prompt
 from finetune_assets.chat.template_limits import prove, prove_folder
 from finetune_assets.errors import BadInput
+from finetune_assets.materialise import Progress, Step, materialise
+from finetune_assets.recipe_file import load_recipe
+from tests.conftest import MiniProject
+from tests.history_fixtures import BODIES, stand_in
 from tests.training_fixtures import tiny_tokenizer
 
 LOOP = "{% for a in range(99999) %}"
@@ -117,3 +124,25 @@ def test_the_program_loads_little():
     job = {"template": CHATML, "conversations": [], "specials": {}, "seconds": 10, "bytes": 300_000_000}
     done = subprocess.run([sys.executable, "-I", str(program)], input=json.dumps(job), capture_output=True, text=True)
     assert json.loads(done.stdout) == {"error": None}
+
+
+@pytest.mark.parametrize(("template", "words"), [(ENDLESS, "for more than 10 s"), (LARGE["a text"], "takes more than")])
+def test_the_device_is_not_asked_for(mini: MiniProject, template: str, words: str):
+    """The step itself: the template is tried before the converter is fetched and before anything is launched."""
+    mini.empty_base()
+    recipe = load_recipe(mini.recipe_path())
+
+    def base(step: Step) -> Made:
+        (step.staging / "chat_template.jinja").write_text(template)
+        return stand_in(step)
+
+    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+        raise AssertionError("the device was asked for")
+
+    for asset in ("raw_dataset", "dataset_info"):
+        materialise(asset, recipe, mini, BODIES[asset], lambda event: None)
+    materialise("base_model", recipe, mini, base, lambda event: None)
+    began = time.monotonic()
+    with pytest.raises(BadInput, match=words):
+        materialise("lora_adapter", recipe, mini, LORA_ADAPTER.build, lambda event: None, launch=launch)
+    assert time.monotonic() - began < 20
