@@ -32,6 +32,7 @@ GGUF_TYPES = (
 DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
 LONGEST_PATH = 1000  # characters
 LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is called so
+LISTED = 40  # names shown where none is near
 NEAR = 200  # names, and letters of a name, that are looked through for what was meant
 LARGEST = 2**32  # no number of a recipe is larger; numpy takes seeds below it
 
@@ -77,7 +78,9 @@ class Section(BaseModel):
 class DatasetSection(Section):
     """Which registered data sets to learn from, and how to split them."""
 
-    dataset: Annotated[Names, Field(min_length=1, description="Names in dataset_info.json (a list, or 'a,b')")]
+    dataset: Annotated[
+        Names, Field(min_length=1, max_length=1000, description="Names in dataset_info.json (a list, or 'a,b')")
+    ]
     dataset_dir: str = Field(
         default="data", max_length=LONGEST_PATH, description="Folder of dataset_info.json, relative to the project"
     )
@@ -366,5 +369,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the nearest of the `known` names, or all of them when none is near."""
     names = list(known)
     near = difflib.get_close_matches(word[:NEAR], names[:NEAR], n=1, cutoff=0.6)  # it takes their product's time
-    more = ["..."] if len(names) > NEAR else []
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join([*names[:NEAR], *more])}"
+    more = ["..."] if len(names) > LISTED else []
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join([*names[:LISTED], *more])}"

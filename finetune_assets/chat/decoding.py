@@ -5,7 +5,6 @@ Greedy only: the same prompt gives the same answer, so that two models can be co
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.tokenizer import load_tokenizer
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import BadInput, StepFailed
+from finetune_assets.json_text import read_model_json
 from finetune_assets.remote_code import CONFIG, asked_for, gate, needs_its_own_code, refusal
 
 if TYPE_CHECKING:
@@ -63,10 +63,10 @@ def load_chat(folder: Path, *, template: str = "auto", trust_remote_code: bool =
         tokenizer.chat_template = resolve_template("auto" if tokenizer.chat_template else template, tokenizer)
         return Chat(tokenizer, None, stop_tokens(tokenizer, tokenizer.chat_template))
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_model_json(path)
         tokenizer.chat_template = settings["template"]
         return Chat(tokenizer, settings["default_system"], settings["stop_token_ids"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (BadInput, KeyError) as error:
         raise StepFailed(f"{path}: not the chat settings of a trained model: {error!r}", _MAKE_AGAIN) from error
 
 

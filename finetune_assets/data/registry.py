@@ -16,6 +16,7 @@ from finetune_assets.files import why_not_regular
 from finetune_assets.recipe import Section, did_you_mean
 
 REGISTRY = "dataset_info.json"
+SHOWN = 10  # problems listed; more say no more
 
 
 class Columns(Section):
@@ -49,6 +50,9 @@ def load_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     for name in names:
+        if len(problems) > SHOWN:
+            problems.append("... and perhaps more like these")
+            break
         if name not in registry:
             problems.append(f"{path}: no data set {name!r}{did_you_mean(name, registry)}")
             continue
