@@ -24,6 +24,7 @@ from finetune_assets.digests import DigestCache, digest_of, digest_of_files, fil
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import FinetuneError, StepFailed
 from finetune_assets.manifest import MANIFEST, MANIFEST_VERSION, Unreadable, manifest_damage, read_manifest
+from finetune_assets.masking import masked
 from finetune_assets.set_aside import set_aside
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 CURRENT = "CURRENT"
 STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
 LONGEST_POINTER = 100  # bytes
+VERBATIM = ("template", "system", "parameters", "modelfile", "samples")  # metrics that are served, or are data
 FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
 
 
@@ -301,7 +303,7 @@ class ArtifactStore:
                 for part, names in (made.parts or {}).items()
             },
             "files": files,
-            "metrics": made.metrics,
+            "metrics": masked(made.metrics, but=VERBATIM),
             **record,
             "created": self._next_date(recipe, asset),
         }
@@ -324,7 +326,7 @@ class ArtifactStore:
 
     def amend(self, artifact: Artifact, metrics: Mapping[str, Any]) -> Artifact:
         """Replace the metrics in a manifest: for facts about where an artifact is used, not about what it is."""
-        manifest = {**artifact.manifest, "metrics": dict(metrics)}
+        manifest = {**artifact.manifest, "metrics": masked(dict(metrics), but=VERBATIM)}
         _write_manifest(artifact.path, manifest)
         return Artifact(artifact.path, manifest)
 

@@ -5,23 +5,25 @@ Exit codes: 0 done or up to date, 1 a step failed, 2 bad input.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
+import traceback
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from finetune_assets.errors import BadInput, FinetuneError
 from finetune_assets.lineage import NODES, upstream_of
+from finetune_assets.masking import mask_logging, masked
 from finetune_assets.plan import make_plan, open_store
+from finetune_assets.printable import printable_json
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe, did_you_mean
 from finetune_assets.recipe_file import find_recipe, json_schema, load_recipe, readable_recipes, refuse_rivals
 from finetune_assets.terminal import tables
+from finetune_assets.terminal.console import SafeConsole
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From instruction data to a model served by Ollama.",
 )
-out = Console()
-err = Console(stderr=True)
+out = SafeConsole()
+err = SafeConsole(stderr=True)
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A name in configs/, or a path.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
@@ -266,26 +268,25 @@ def schema() -> None:
 
 def main() -> None:
     """Run the command line; every foreseen failure is one message, without a traceback unless --debug is given."""
+    mask_logging()
     debug = "--debug" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         app()
     except FinetuneError as error:
         if debug:
-            raise
+            err.print(traceback.format_exc(), soft_wrap=True, highlight=False)
+            sys.exit(error.exit_code)
         err.print(Text(error.message, style="bold red"), soft_wrap=True)
         if error.hint:
             err.print(Text(error.hint), soft_wrap=True)
         sys.exit(error.exit_code)
     except Exception as error:
         if debug:
-            raise
-        err.print(
-            Text(
-                f"unexpected {type(error).__name__}: {error}\nrun again with --debug for the traceback",
-                style="bold red",
-            )
-        )
+            err.print(traceback.format_exc(), soft_wrap=True, highlight=False)
+            sys.exit(1)
+        what = f"unexpected {type(error).__name__}: {error}\nrun again with --debug for the traceback"
+        err.print(Text(what, style="bold red"), soft_wrap=True)
         sys.exit(1)
 
 
@@ -310,7 +311,7 @@ def _whisper(event: dict[str, Any]) -> None:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print(printable_json(masked(value)))
 
 
 if __name__ == "__main__":

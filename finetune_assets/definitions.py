@@ -14,6 +14,7 @@ import dagster as dg
 from finetune_assets.assets.chain import bound, broken_recipe, recipe_definitions, shared_definitions
 from finetune_assets.assets.keys import word_of
 from finetune_assets.errors import BadInput, FinetuneError, unforeseen
+from finetune_assets.masking import mask_logging
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_name, refuse_rivals
@@ -65,4 +66,5 @@ def _refuse_namesakes(path: Path, files: Sequence[Path]) -> None:
         raise BadInput(f"{path}: Dagster calls it {word_of(name)}, which is {rivals[0]} too", "rename one of the files")
 
 
+mask_logging()
 defs = load_definitions(Project.find())

@@ -6,7 +6,8 @@ import errno
 import shutil
 from pathlib import Path
 
-from finetune_assets.errors import StepFailed, causes
+from finetune_assets.causes import causes
+from finetune_assets.errors import StepFailed
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries written in other languages raise errors of their own, which carry the system's words only.

@@ -5,6 +5,7 @@ Looks only: nothing is downloaded, started or written. A check that finds troubl
 
 from __future__ import annotations
 
+import base64
 import importlib
 import importlib.metadata
 import os
@@ -15,11 +16,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Thread
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
+
+from finetune_assets.masking import mask
 
 State = Literal["ok", "warn", "fail"]
 NETWORK_SECONDS = 2.5
@@ -56,7 +59,7 @@ def checks(store: Path, cache: Path) -> list[Check]:
     late = Check("", "warn", "no answer in time", "see whether the network or a proxy holds it up")
     for name, future in waiting.items():
         found.append(future.result() if future.done() else Check(name, late.state, late.found, late.advice))
-    return found
+    return [replace(check, found=mask(check.found), advice=check.advice and mask(check.advice)) for check in found]
 
 
 def as_json(found: list[Check]) -> list[dict[str, str | None]]:
@@ -200,13 +203,24 @@ def hub() -> Check:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return Check("hub", "warn", f"HF_HUB_OFFLINE is set, {shown} is not asked; {token}", elsewhere)
     try:
-        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=NETWORK_SECONDS):
+        request = urllib.request.Request(_without_user(parts), method="HEAD", headers=_authorization(parts))
+        with urllib.request.urlopen(request, timeout=NETWORK_SECONDS):
             pass
     except urllib.error.HTTPError:
         pass  # it answers, if only to say that it likes no HEAD
     except (OSError, ValueError) as error:
         return Check("hub", "warn", f"{shown} cannot be reached: {_first_line(error)}; {token}", elsewhere)
     return Check("hub", "ok", f"{shown} answers; {token}")
+
+
+def _without_user(parts: SplitResult) -> str:
+    """The address as urllib takes it: user name and password go into a header."""
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _authorization(parts: SplitResult) -> dict[str, str]:
+    user, found, _ = parts.netloc.rpartition("@")
+    return {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"} if found else {}
 
 
 def ollama() -> Check:

@@ -7,8 +7,9 @@ hint) without a traceback and exits with `exit_code`.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
+
+from finetune_assets.masking import mask
 
 PACKAGE = Path(__file__).resolve().parent
 LONGEST = 500  # characters shown of the text of an unforeseen error
@@ -20,9 +21,9 @@ class FinetuneError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None):
-        self.message = clean(message)
-        self.hint = clean(hint) if hint else hint
-        super().__init__(f"{self.message}\n{self.hint}" if hint else self.message)
+        self.message = mask(clean(message))
+        self.hint = mask(clean(hint)) if hint else hint
+        super().__init__(f"{self.message}\n{self.hint}" if self.hint else self.message)
 
 
 class StepFailed(FinetuneError):
@@ -40,18 +41,6 @@ class BadInput(FinetuneError):
 def clean(text: str) -> str:
     """A text as UTF-8 can carry it: bytes of a file's name that are not text become escapes such as `\\udcff`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from, as a traceback shows them, each once.
-
-    Dagster links the errors of a failed step into a ring: without a memory the walk has no end.
-    """
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def unforeseen(error: Exception, what: str) -> StepFailed:

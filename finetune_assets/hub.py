@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.causes import causes
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import FinetuneError, StepFailed, causes
+from finetune_assets.errors import FinetuneError, StepFailed
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TELL_EVERY = 5.0  # seconds between two messages of how far it is

@@ -23,6 +23,7 @@ from importlib import import_module
 from pathlib import Path, PurePath
 from typing import Any
 
+from finetune_assets.causes import causes
 from finetune_assets.errors import StepFailed
 
 NEEDED = "this model needs its own code: model.trust_remote_code"
@@ -120,15 +121,7 @@ def needs_its_own_code(what: str, folder: Path, file: str, reason: str | None) -
 
 def refusal(error: BaseException) -> str | None:
     """What was refused, if that is why the error was raised."""
-    return next((str(cause) for cause in _causes(error) if isinstance(cause, CodeRefused)), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
+    return next((str(cause) for cause in causes(error) if isinstance(cause, CodeRefused)), None)
 
 
 class _Gate:

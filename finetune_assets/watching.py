@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from finetune_assets.masking import masked
+
 Event = dict[str, Any]
 _watchers: list[Callable[[str, Event], None]] = []
 
@@ -23,4 +25,4 @@ def watching(watcher: Callable[[str, Event], None]) -> Iterator[None]:
 def tell(asset: str, event: Event) -> None:
     """Pass one event of an asset on. Events: begin, step, message, validation, done."""
     for watcher in _watchers:
-        watcher(asset, event)
+        watcher(asset, masked(event))

@@ -18,8 +18,8 @@ from finetune_assets import cli
 from finetune_assets.artifacts import Made
 from finetune_assets.assets import chain
 from finetune_assets.assets.steps import STEPS
+from finetune_assets.causes import causes
 from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import causes
 from finetune_assets.lineage import NODES
 from finetune_assets.materialise import Step
 from tests.conftest import REPOSITORY, MiniProject, make_mini

@@ -14,6 +14,7 @@ from finetune_assets.assets.events import observations
 from finetune_assets.assets.keys import DATA_VERSION, file_key, values_key, word_of
 from finetune_assets.errors import FinetuneError, unforeseen
 from finetune_assets.lineage import NODES
+from finetune_assets.masking import masked_error
 from finetune_assets.observed import observe
 from finetune_assets.project import Project
 from finetune_assets.recipe import DATASETS, Recipe
@@ -71,7 +72,7 @@ def _seen(context: dg.AssetExecutionContext, recipes: Sequence[Recipe], project:
             found = list(observations(observe(load_recipe(recipe_path(recipe.name, project.configs)), project)))
         except Exception as error:
             known = error if isinstance(error, FinetuneError) else unforeseen(error, f"the look at {recipe.name}")
-            raise dg.Failure(description=str(known), allow_retries=False) from error
+            raise dg.Failure(description=str(known), allow_retries=False) from masked_error(error)
         for event in found:
             if event.asset_key in left:
                 left.remove(event.asset_key)

@@ -14,10 +14,12 @@ from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import FinetuneError, unforeseen
 from finetune_assets.export.elsewhere import commands as serving_commands
 from finetune_assets.lineage import NODES
+from finetune_assets.masking import mask, masked_error
 from finetune_assets.materialise import Progress, Step, materialise
 from finetune_assets.observed import reading_of
 from finetune_assets.plan import open_store
 from finetune_assets.prerequisites import check_prerequisites
+from finetune_assets.printable import printable
 from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
 from finetune_assets.watching import tell
@@ -67,11 +69,11 @@ def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefini
         except FinetuneError as error:
             failure = error
         except Exception as error:  # a run ends with a message that names the asset, whatever a library raised
-            context.log.error(traceback.format_exc())
+            context.log.error(mask(traceback.format_exc()))
             failure = disk_trouble(error, project.home) or unforeseen(error, f"{recipe.name}/{spec.name}")
             failure.__cause__ = error
-        # Dagster shows a Failure's description instead of a traceback
-        raise dg.Failure(description=str(failure), allow_retries=False) from failure
+        # Dagster shows a Failure's description instead of a traceback; it records what it came from, too
+        raise dg.Failure(description=printable(str(failure)), allow_retries=False) from masked_error(failure)
 
     return step
 
@@ -160,7 +162,7 @@ def _reporter(name: str, log: Callable[[str], None]) -> Progress:
         tell(name, event)
         now = time.monotonic()
         if event["event"] == "message":
-            log(event["text"])
+            log(printable(mask(event["text"])))
         elif event["event"] == "validation":
             log(f"validation loss {event['loss']:.4f}")
         elif event["event"] == "step" and (now - last >= LOG_EVERY or event["step"] == event["steps"]):

@@ -28,6 +28,7 @@ from dagster_pipes import open_dagster_pipes
 from finetune_assets.device import choose_device
 from finetune_assets.disk import disk_trouble
 from finetune_assets.errors import BadInput, FinetuneError, StepFailed, unforeseen
+from finetune_assets.masking import mask, mask_logging
 from finetune_assets.process.launch import trusted
 from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
 from finetune_assets.remote_code import gate
@@ -148,6 +149,7 @@ TASKS = {"train": train, "evaluate": evaluate, "merge": merge, "imatrix": imatri
 def main() -> int:
     """Do the job; the exit code."""
     quieten()
+    mask_logging()
     with open_dagster_pipes() as pipes:
         job = pipes.get_extra("job")
         try:
@@ -156,7 +158,7 @@ def main() -> int:
         except Exception as error:
             failure = error if isinstance(error, FinetuneError) else None
             if failure is None:
-                pipes.log.error(traceback.format_exc())
+                pipes.log.error(mask(traceback.format_exc()))
                 # a full disk reaches us in the words of whichever library was writing
                 full = disk_trouble(error, Path(job["out"]))
                 failure = full or unforeseen(error, f"the process at work ({job['task']})")

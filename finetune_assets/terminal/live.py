@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from finetune_assets.terminal.console import SafeConsole
 from finetune_assets.terminal.tables import duration
 
 GLYPHS = {"waiting": "·", "fresh": "=", "running": "▸", "done": "✓", "reused": "=", "failed": "✗"}
@@ -37,7 +38,7 @@ class LiveRun:
 
     def __init__(self, assets: Iterable[str], at_work: Iterable[str]):
         self._saved = (os.dup(1), os.dup(2))
-        self._console = Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8"))
+        self._console = SafeConsole(file=os.fdopen(os.dup(2), "w", encoding="utf-8"))
         self._at_work = set(at_work)
         self._states = {name: "waiting" if name in self._at_work else "fresh" for name in assets}
         self._began: dict[str, float] = {}

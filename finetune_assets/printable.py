@@ -1,0 +1,33 @@
+"""Text from files and servers, made harmless for a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+KEPT = "\n\t"
+# Characters that change the order in which others are shown, or hide between them; U+200C and U+200D join letters.
+DIRECTIONS = [0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, 0x2028, 0x2029]
+
+
+def _escape(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+_CODES = [*range(0x20), *range(0x7F, 0xA0), *DIRECTIONS, *range(0xD800, 0xE000), *range(0xE0000, 0xE0080)]
+_SHOWN = {code: _escape(code) for code in _CODES if chr(code) not in KEPT}
+_IN_JSON = {code: json.dumps(chr(code))[1:-1] for code in _SHOWN if code >= 0x20} | {0x7F: "\\u007f"}
+
+
+def printable(text: str) -> str:
+    r"""The text with everything that steers a terminal written out (`\x1b`); newlines and tabs stay.
+
+    That is: control characters, those that change the direction of writing, and lone surrogates, which no terminal's
+    encoding holds.
+    """
+    return text.translate(_SHOWN)
+
+
+def printable_json(value: Any) -> str:
+    """JSON text in which the same characters are escaped: it means the same value."""
+    return json.dumps(value, indent=2, ensure_ascii=False).translate(_IN_JSON)
