@@ -238,6 +238,16 @@ def test_a_template_that_is_ignored_is_said(files: Files, model: OllamaModel, re
         assert behaviour(host, "0.34.1", "x", changed, reply).prompts == "neither TEMPLATE nor the chat template"
 
 
+def test_a_template_that_we_cannot_read(model: OllamaModel, reply: Expected, tmp_path: Path) -> None:
+    """What the chat template does not render is TEMPLATE's; what it renders may be either's."""
+    with current(tmp_path) as host:
+        put(host, model, replies={model.name: reply})
+        strange = [replace(model, template=text) for text in ("{{ .Tools }}", "{{- .System }}", "{{ len .Nothing }}")]
+        assert {behaviour(host, "0.34.1", "tiny", one, reply).prompts for one in strange} == {"TEMPLATE"}
+        alike = replace(reply, probes=())
+        assert behaviour(host, "0.34.1", "tiny", strange[0], alike).prompts.endswith("which render alike")
+
+
 def test_templates_that_render_alike(model: OllamaModel, reply: Expected, tmp_path: Path) -> None:
     with current(tmp_path) as host:
         put(host, model, replies={model.name: reply})
