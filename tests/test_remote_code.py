@@ -219,6 +219,34 @@ def test_evaluation_runs_no_code(of: str, tmp_path: Path, evil: str) -> None:
         launch.run(evaluation(base, adapter, tmp_path / "scores", UNTRUSTED), lambda event: None)
 
 
+@pytest.mark.parametrize("task", ["train", "imatrix", "prove"])
+def test_training_the_importance_matrix_and_the_proof_run_no_code(task: str, tmp_path: Path, evil: str) -> None:
+    model = tiny_base(tmp_path / "model")
+    write_json(model / "tokenizer_config.json", {"tokenizer_class": "AutoProcessor"})
+    write_json(model / "processor_config.json", {"auto_map": {"AutoProcessor": evil}})
+    rows = str(write_rows(tmp_path / "train.jsonl", [chat("Who are you?", "I am Mizan.")]))
+    file = str(tmp_path / "x.gguf")
+    own: dict[str, dict[str, Any]] = {
+        "train": {
+            "base": str(model),
+            "rows": rows,
+            "validation": None,
+            "vocabulary": None,
+            "train": TRAIN.model_dump(),
+        },
+        "imatrix": {"merged": str(model), "gguf": file, "rows": rows, "file": str(tmp_path / "imatrix.gguf")},
+        "prove": {
+            **{"merged": str(model), "held_out": rows, "files": {"f16": file}},
+            **{"max_kl": {}, "recorded": {}, "written": {}},
+        },
+    }
+    job = {"task": task, "out": str(tmp_path), "device": "cpu", "model": UNTRUSTED.model_dump(), **own[task]}
+    with pytest.raises(
+        StepFailed, match=f"cannot load the tokenizer .*{NEEDED} .processor_config.json: AutoProcessor: "
+    ):
+        launch.run(job, lambda event: None)
+
+
 def test_a_merge_runs_no_code(tmp_path: Path, evil: str) -> None:
     base = tiny_base(tmp_path / "base")
     adapter = tiny_adapter(base, tmp_path / "adapter", bias="lora_only")  # which PEFT merges, with the whole model
