@@ -26,20 +26,24 @@ def published(llama_cpp: Path | None = None) -> dict[str, str]:
 
 
 def letters_file(file: Path, template: str, architecture: str = "llama", *, context: int = CONTEXT) -> Path:
-    """A GGUF file of a model that has learnt nothing, whose tokens are the 256 bytes, <s> and </s>."""
+    """A GGUF file of a random model that an old Ollama runs, too, whose tokens are the 256 bytes, <s> and </s>."""
     writer = GGUFWriter(file, architecture)
     writer.add_context_length(context)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(WIDTH)
     writer.add_block_count(1)
     writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(WIDTH)
+    writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     tokens = add_letters(writer, template, [*SPECIALS.values()])
-    writer.add_tensor("token_embd.weight", np.zeros((tokens, WIDTH), np.float16))
+    random = np.random.default_rng(0)
+    writer.add_tensor("token_embd.weight", random.standard_normal((tokens, WIDTH), np.float32))
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((WIDTH, WIDTH), np.float16))
+        writer.add_tensor(f"blk.0.{name}.weight", random.standard_normal((WIDTH, WIDTH), np.float32) / 8)
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.zeros(WIDTH, np.float32))
+        writer.add_tensor(f"{name}.weight", np.ones(WIDTH, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
