@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.test_base_model import safetensors
 from tests.training_fixtures import tiny_base
@@ -42,6 +46,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Set keys of a JSON file, which need not exist."""
     there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     path.write_text(json.dumps({**there, **content}), encoding="utf-8")
+
+
+def modules_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have transformers copy code to `folder` in this test, in this process and in its children."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(folder))
+    dynamic = importlib.import_module("transformers.dynamic_module_utils")
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(folder))  # it has read the variable already
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def hostile(file: Path, marker: Path) -> Path:

@@ -11,15 +11,14 @@ from finetune_assets import remote_code
 from finetune_assets.chat.decoding import load_network
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.errors import StepFailed
-from tests.own_code import SECRET, hostile, write_json
+from tests.own_code import SECRET, hostile, modules_folder, write_json
 from tests.training_fixtures import tiny_base
 
 
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    dynamic = importlib.import_module("transformers.dynamic_module_utils")
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    modules_folder(tmp_path / "modules", monkeypatch)
 
 
 def test_nothing_runs_outside_of_a_gate_and_what_is_trusted_only_inside(tmp_path: Path) -> None:

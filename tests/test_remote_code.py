@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from tests.own_code import (
     NEEDED,
     SECRET,
     hostile,
+    modules_folder,
     naming_code,
     to_convert,
     with_its_own_code,
@@ -47,9 +47,7 @@ TRAIN = TrainSection(max_steps=2, per_device_train_batch_size=2, cutoff_len=64)
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    dynamic = importlib.import_module("transformers.dynamic_module_utils")
-    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))  # it has read the variable already
+    modules_folder(tmp_path / "modules", monkeypatch)
 
 
 @pytest.fixture
