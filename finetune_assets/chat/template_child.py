@@ -10,7 +10,7 @@ import json
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from typing import ClassVar
 
@@ -82,9 +82,10 @@ def render(template: str, conversations: list[list[dict[str, str]]], specials: d
 def main() -> None:
     """Read the job, do it within its limits, print the answer."""
     job = json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_AS, (job["bytes"], job["bytes"]))
-    resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limits = {resource.RLIMIT_AS: job["bytes"], resource.RLIMIT_CPU: job["seconds"], resource.RLIMIT_CORE: 0}
+    for limit, most in limits.items():
+        with suppress(ValueError, OSError):  # macOS knows no limit on the address space
+            resource.setrlimit(limit, (most, most))
     error = None
     try:
         render(job["template"], job["conversations"], job["specials"])
