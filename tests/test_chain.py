@@ -244,6 +244,28 @@ print(json.dumps(found))
     assert recorded == {name: entry["data_version"] for name, entry in chain.json("artifacts", "mini").items()}
 
 
+def test_a_merged_model_is_the_next_base(chain: Chain):
+    """Training on: the folder holds our manifest and chat.json, and the template that it was trained with."""
+    merged = Path(chain.artifact("merged_model")["path"])
+    chain.project.copy_recipe("next")
+    chain.project.edit("next", model={"model_name_or_path": str(merged.relative_to(chain.project.root))})
+    assert chain.json("run", "next", "--to", "lora_adapter")["ran"][-1] == "lora_adapter"
+    made = chain.json("artifacts", "next")
+    assert "manifest.json" not in made["base_model"]["files"]
+    states = {item["asset"]: item["state"] for item in chain.json("plan", "next")}
+    assert states["base_model"] == states["lora_adapter"] == "fresh"
+    folders = (merged, Path(made["base_model"]["path"]), Path(made["lora_adapter"]["path"]))
+    settings = [json.loads((folder / "chat.json").read_text()) for folder in folders]
+    assert settings[0] == settings[1] == settings[2] and settings[0]["template"]
+    chain.project.recipe_path("next").unlink()
+
+
+def test_no_artifact_knows_where_the_project_is(chain: Chain):
+    places = (str(chain.project.root).encode(), str(REPOSITORY).encode())
+    files = [path for path in chain.project.store.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if any(place in path.read_bytes() for place in places)]
+
+
 @pytest.mark.skipif(find_binary() is None, reason="no Ollama: neither OLLAMA_BIN nor `ollama` on the PATH")
 def test_a_server_that_answers_gets_the_model(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with serving(tmp_path / "models") as host:
