@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from docs.templates import COLUMNS, HEAD, Row, counted, ordinary, row_of, serve_bytes, totals
 from finetune_assets.chat.pinning import pinned
+from finetune_assets.export.go_template import render_jinja
 from finetune_assets.export.ollama_process import serving
 from tests.conftest import REPOSITORY
 from tests.export_fixtures import CHATML
 from tests.ollama_fixtures import needs_server
-from tests.template_files import published
+from tests.template_files import SPECIALS, published
 
 PAGE = (REPOSITORY / "docs" / "templates.md").read_text(encoding="utf-8")
 LINES = PAGE.splitlines()
@@ -75,3 +77,20 @@ def test_an_old_server_refuses_tools_by_name(client: Any, tmp_path: Path) -> Non
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
     with pytest.raises(ResponseError, match="does not support tools"):
         client.chat(model="letters", messages=[{"role": "user", "content": "hi"}], tools=[tool])
+
+
+@needs_server
+def test_go_spells_tools_otherwise(client: Any) -> None:
+    """Why TEMPLATEs have no tools: no spaces, escaped <, > and &; the chat template's `tojson` has neither."""
+    city = {"type": "string", "description": "a <b> & c"}
+    parameters = {"type": "object", "required": ["city"], "properties": {"city": city}}
+    tool = {"type": "function", "function": {"name": "f", "description": "the weather", "parameters": parameters}}
+    client.create(
+        model="tools", from_="bytes", template="{{ json .Tools }}{{ range .Messages }}{{ .Content }}{{ end }}"
+    )
+    hello = [{"role": "user", "content": "hi"}]
+    read = client.chat(model="tools", messages=hello, tools=[tool], options={"num_predict": 1}).prompt_eval_count - 2
+    spelt = json.dumps([tool], separators=(",", ":"))
+    for character in "<>&":
+        spelt = spelt.replace(character, f"\\u{ord(character):04x}")
+    assert read == len(spelt) != len(render_jinja("{{ tools | tojson }}", hello, SPECIALS, tools=[tool]))

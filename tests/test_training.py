@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,23 @@ def test_precision_on_a_gpu(
     else:
         device = choose_device(**wishes)
         assert (device.kind, device.precision, device.memory_gib) == ("cuda", precision, 24.0)
+
+
+def test_a_date_in_prompts_goes_with_the_model(base: Path, tmp_path: Path) -> None:
+    """Whoever serves it, on whatever day, makes the prompts that it was trained with."""
+    from finetune_assets.chat.pinning import pinned
+    from finetune_assets.chat.template import CHATML
+
+    dated, out = shutil.copytree(base, tmp_path / "base"), tmp_path / "out"
+    template = "{{ strftime_now('%d %B %Y') }}" + CHATML
+    (dated / "chat_template.jinja").write_text(template, encoding="utf-8")
+    out.mkdir()
+    rows = write_rows(tmp_path / "train.jsonl", ROWS[:2])
+    section = TrainSection.model_validate({**FAST, "max_steps": 1})
+    sft.train(dated, rows, None, out, train=section, model=MODEL, device=CPU, progress=lambda event: None)
+    kept = json.loads((out / "chat.json").read_text())["template"]
+    assert kept == pinned(template) != template
+    assert (out / "chat_template.jinja").read_text(encoding="utf-8") == kept
 
 
 def test_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
