@@ -245,21 +245,26 @@ def test_a_template_that_we_cannot_read(model: OllamaModel, reply: Expected, tmp
         strange = [replace(model, template=text) for text in ("{{ .Tools }}", "{{- .System }}", "{{ len .Nothing }}")]
         assert {behaviour(host, "0.34.1", "tiny", one, reply).prompts for one in strange} == {"TEMPLATE"}
         alike = replace(reply, probes=())
-        assert behaviour(host, "0.34.1", "tiny", strange[0], alike).prompts.endswith("which render alike")
+        assert behaviour(host, "0.34.1", "tiny", strange[0], alike).prompts.endswith(
+            "alike; TEMPLATE by the rule of its release"
+        )
 
 
 def test_templates_that_render_alike(model: OllamaModel, reply: Expected, tmp_path: Path) -> None:
     with current(tmp_path) as host:
         put(host, model, replies={model.name: reply})
         found = behaviour(host, "0.34.1", "tiny", model, replace(reply, probes=()))
-    assert found.prompts == "TEMPLATE or the chat template (Jinja), which render alike"
+    assert found.prompts == (
+        "TEMPLATE or the chat template (Jinja), which render alike; TEMPLATE by the rule of its release"
+    )
 
 
 def test_a_server_that_tells_nothing(model: OllamaModel, reply: Expected, tmp_path: Path) -> None:
     """It answers with a token instead of a prompt, and without logprobs; the token counts are compared."""
     with current(tmp_path, tells=False) as host:
         made = put(host, model, replies={model.name: reply})[model.name]
-        assert "prompts by a template that the server does not tell" in str(made.behaviour)
+        words = "prompts by a template that the server does not tell; TEMPLATE by the rule of its release"
+        assert words in str(made.behaviour)
         assert rendered(host, "tiny", reply.messages) is None
         names = [check.name for check in answered(client(host), "tiny", reply, made.behaviour)]
     assert names == ["prompt tokens", "first tokens", "stops by itself"]

@@ -13,8 +13,10 @@ from typing import Any
 from finetune_assets.chat.engines import Messages
 from finetune_assets.export import ollama_server, ollama_weights
 from finetune_assets.export.expected import Expected
+from finetune_assets.export.gguf_file import read_head
 from finetune_assets.export.modelfile import OllamaModel
 from finetune_assets.export.ollama_weights import release
+from finetune_assets.export.template_choice import served_by
 
 CHOOSES_SINCE = (0, 30, 0)
 PATIENCE = 600.0  # seconds: the server loads the model
@@ -67,6 +69,8 @@ def behaviour(
         return Behaviour(version, TEMPLATE, weights, digest)
     prompt = rendered(host, name, expected.messages, keep_alive)
     prompts = UNKNOWN if prompt is None else _rendered_by(host, name, model, expected, prompt)
+    if prompts in (ALIKE, UNKNOWN):
+        prompts += f"; {_predicted(version, model)} by the rule of its release"
     return Behaviour(version, prompts, weights, digest, prompt)
 
 
@@ -96,6 +100,17 @@ def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, p
     if all(by_go):
         return TEMPLATE
     return JINJA if all(by_jinja) else OTHER
+
+
+def _predicted(version: str, model: OllamaModel) -> str:
+    """What a server of this version renders the model's prompts with, by its source."""
+    head = read_head(model.gguf)
+    jinja, architecture = head.get("tokenizer.chat_template"), str(head.get("general.architecture"))
+    try:
+        choice = served_by(version, model.template, jinja, architecture)
+    except ValueError:
+        return "not to be said"
+    return {"template": TEMPLATE, "jinja": "the chat template", "server": "code of its own"}[choice.path]
 
 
 def _rendered_or_none(host: str, name: str, messages: Messages) -> str | None:
