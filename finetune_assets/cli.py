@@ -281,6 +281,13 @@ def main() -> None:
         if error.hint:
             err.print(Text(error.hint), soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if debug:
+            err.print(traceback.format_exc(), soft_wrap=True, highlight=False)
+            sys.exit(1)
+        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        err.print(Text(f"{named}\nrun again with --debug for the traceback", style="bold red"), soft_wrap=True)
+        sys.exit(1)
     except Exception as error:
         if debug:
             err.print(traceback.format_exc(), soft_wrap=True, highlight=False)

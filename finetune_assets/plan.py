@@ -11,6 +11,7 @@ from finetune_assets.artifacts import Artifact, ArtifactStore
 from finetune_assets.data import snapshot
 from finetune_assets.data.row_changes import source_change, split_change
 from finetune_assets.digests import DigestCache
+from finetune_assets.errors import BadInput
 from finetune_assets.export.serving import serving_problem
 from finetune_assets.identity import differences, fingerprint, own_ingredients
 from finetune_assets.lineage import NODES, Node, upstream_of
@@ -58,11 +59,19 @@ def make_plan(recipe: Recipe, project: Project, store: ArtifactStore, *, upto: s
 
 
 def sources_of(node: Node, recipe: Recipe, project: Project, digests: DigestCache) -> dict[str, str]:
-    """Digests of what a node reads from outside the lineage."""
-    if node.name == "raw_dataset":
-        return snapshot.source_digests(project.root / recipe.dataset.dataset_dir, recipe.dataset.dataset, digests)
-    if node.name == "base_model":
-        return base_model.source_digests(recipe.model, project.root, digests)
+    """Digests of what a node reads from outside the lineage.
+
+    Raises:
+        BadInput: a source is not there, cannot be understood, or has a file that cannot be read.
+    """
+    try:
+        if node.name == "raw_dataset":
+            return snapshot.source_digests(project.root / recipe.dataset.dataset_dir, recipe.dataset.dataset, digests)
+        if node.name == "base_model":
+            return base_model.source_digests(recipe.model, project.root, digests)
+    except OSError as error:
+        why = f"{error.filename} cannot be read: {error.strerror or error}"
+        raise BadInput(f"{recipe.name}/{node.name}: {why}", "see to its permissions, and to the disk") from error
     return {}
 
 

@@ -17,7 +17,7 @@ import pytest
 from finetune_assets import digests
 from finetune_assets.artifacts import Made
 from finetune_assets.digests import DigestCache, digest_of_file
-from finetune_assets.errors import StepFailed
+from finetune_assets.errors import BadInput, StepFailed
 from finetune_assets.materialise import Step, materialise
 from finetune_assets.recipe_file import load_recipe
 from tests.conftest import MiniProject
@@ -304,3 +304,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, make: Callable[[Path], Non
     for read in (digest_of_file, DigestCache(None).file, DigestCache(tmp_path / "d.sqlite").file):
         with pytest.raises(OSError, match="odd"):
             read(path)
+
+
+def test_a_source_that_cannot_be_read_is_named(mini: MiniProject, monkeypatch: pytest.MonkeyPatch):
+    (mini.root / "base").mkdir()
+    (mini.root / "base" / "config.json").write_text("{}")
+    opened = os.open
+
+    def refuse(path, *arguments, **named) -> int:
+        if str(path).endswith("base/config.json"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(BadInput, match=r"mini/base_model: .*/base/config\.json cannot be read: Permission denied"):
+        plan_of(mini)
