@@ -112,7 +112,7 @@ def test_answers_go_by_rows_and_tokens(mini: MiniProject, made: dict[str, Artifa
 
 def test_adapters_go_by_their_rank(mini: MiniProject, made: dict[str, Artifact]):
     manifest = json.loads((made["lora_adapter"].path / "manifest.json").read_text())
-    manifest["files"] |= {"adapter_model.safetensors": {"size": 5000, "sha256": ""}}
+    manifest["files"] |= {"adapter_model.safetensors": {"size": 5000, "sha256": "0" * 64}}
     (made["lora_adapter"].path / "manifest.json").write_text(json.dumps(manifest))
     mini.edit(train={"lora_rank": 24})
     assert costs_of(mini)["lora_adapter"].bytes == made["lora_adapter"].size + 3 * 5000
