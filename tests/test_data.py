@@ -164,6 +164,7 @@ def test_a_new_row_moves_hardly_any_other(data: Data):
         ('[{"instruction": " ", "output": "b"}]', "facts.json:1: the row has no question"),
         ('[{"instruction": 3, "output": "b"}]', "'instruction' is int, not text"),
         ('[{"instruction": "a", "output": "b", "history": [["x"]]}]', "not a [question, answer] pair"),
+        ('[{"instruction": "a", "output": "b", "history": {}}]', "not a list of [question, answer] pairs"),
         ('["text"]', "the row is not an object with columns"),
     ],
 )

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
+from finetune_assets.chat.template_limits import rendering
+
 DAY = date(2024, 7, 26)  # the one that Llama 3's own templates fall back to
 # What llama.cpp tells a template and transformers does not. Two values of each, to see whether it matters.
 DATES = {"date_string": "%d %b %Y", "datetime": "%b %d %Y"}
@@ -93,7 +95,8 @@ def _rendered(template: str, talk: Conversation, prompt: bool, told: dict[str, A
 
     given: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "", "pad_token": ""} | told
     try:
-        rendered = render_jinja_template([talk], chat_template=template, add_generation_prompt=prompt, **given)
+        with rendering():
+            rendered = render_jinja_template([talk], chat_template=template, add_generation_prompt=prompt, **given)
     except (TemplateError, TypeError) as error:  # a template that refuses this conversation refuses it in training, too
         return f"refused: {error}"
     return str(rendered[0][0])

@@ -30,7 +30,9 @@ def to_messages(row: Any, columns: Columns) -> list[Message]:
     if not response.strip():
         raise ValueError(f"has no answer: {columns.response!r} is empty")
     messages = [Message(role="system", content=system)] if system else []
-    history = row.get(columns.history) or []
+    history = row.get(columns.history)
+    if history in (None, ""):  # in a table, an empty cell
+        history = []
     if not isinstance(history, list):
         raise ValueError(f"{columns.history!r} is not a list of [question, answer] pairs")
     for pair in history:
