@@ -26,9 +26,10 @@ SECRET_WORDS = {
 PLAIN_ENDS = {"DIR", "FILE", "ID", "NAME", "PATH"}  # of names whose value says where a secret is, or whose it is
 ADDRESS_WORDS = {"ENDPOINT", "HOST", "INDEX", "MIRROR", "PROXY", "REGISTRY", "URI", "URL", "URLS"}
 
-_USER_INFO = re.compile(r"""([A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'"<>]*@""")
+# Bounded everywhere: a text of a million letters must not take longer than its length.
+_USER_INFO = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'"<>]{0,1000}@""")
 _PARAMETER = re.compile(
-    r"""([?&;][\w.-]*(?:token|key|secret|passw|pwd|signature|sig|auth|credential)[\w.-]*=)[^&;\s#'"<>)\]]+""", re.I
+    r"""([?&;][\w.-]{0,60}(?:token|key|secret|passw|pwd|signature|sig|auth|credential)[\w.-]{0,60}=)[^&;\s#'"<>)\]]+""", re.I
 )
 _HEADER = re.compile(r"(authorization\W{1,4}(?:basic|bearer|token)\s+)[\w.~+/=-]+", re.I)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")

@@ -319,4 +319,7 @@ def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
         ],
     )
     code, said = start({**job, "device": "cpu"})
-    assert code == 1 and said[-1][0] == "closed" and said[-1][1]["exception"]["name"] == "ZeroDivisionError"
+    (stack,) = [params["message"] for method, params in said if method == "log"]
+    assert "Traceback" in stack and stack.endswith("ZeroDivisionError\n")
+    told = said[-2][1]["payload"]
+    assert code == 1 and said[-1][0] == "closed" and "failed unexpectedly: ZeroDivisionError" in told["message"]

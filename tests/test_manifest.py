@@ -41,7 +41,7 @@ BEFORE: dict[str, Any] = json.loads((Path(__file__).parent / "manifests.json").r
 def old(tmp_path_factory: pytest.TempPathFactory) -> MiniProject:
     """A project whose store holds the manifests of an earlier release, and no files."""
     project = make_mini(tmp_path_factory.mktemp("old"))
-    (project.root / "base").mkdir()
+    project.empty_base()
     return project
 
 

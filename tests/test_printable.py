@@ -100,10 +100,10 @@ def test_answers_and_errors_of_a_server(monkeypatch: pytest.MonkeyPatch):
 
 def test_names_rows_and_values_of_a_project(tmp_path: Path, mini: MiniProject):
     """A recipe value and a row with escape sequences, through a chain and every command that shows them."""
-    (mini.root / "base").mkdir()
-    (mini.root / "base" / f"{CLEAR}.json").write_text("{}")
-    mini.write_rows([*rows(), {"instruction": NASTY, "input": "", "output": NASTY, "history": []}])
-    mini.edit(ollama={"system": f"Be{CLEAR}good{BIDI}."}, model={"default_system": NASTY.replace("\x00", "")})
+    (mini.empty_base() / f"{CLEAR}.json").write_text("{}")
+    taken = NASTY.replace("\x00", "")  # NUL is refused in rows and recipes
+    mini.write_rows([*rows(), {"instruction": taken, "input": "", "output": taken, "history": []}])
+    mini.edit(ollama={"system": f"Be{CLEAR}good{BIDI}."}, model={"default_system": taken})
     made = make_chain(mini)
     mini.edit(ollama={"system": f"Be{C1}better{BIDI}."})
     (made["ollama_model"].path.parent / f"x{CLEAR}{BIDI}").mkdir()
