@@ -31,8 +31,10 @@ class Group:
 
 
 SYSTEM = Group(
+    # the last two say to whoever looks at the processes which project each belongs to
     names=("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TEMP", "TMP", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV",
-           "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH"),
+           "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH",
+           "FINETUNE_PROJECT", "DAGSTER_HOME"),
     prefixes=("LC_", "PYTHON", "XDG_"),
 )  # fmt: skip
 THREADS = Group(prefixes=("OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "BLIS_", "VECLIB_", "NUMEXPR_", "MALLOC_"))

@@ -29,7 +29,8 @@ ADDRESS_WORDS = {"ENDPOINT", "HOST", "INDEX", "MIRROR", "PROXY", "REGISTRY", "UR
 # Bounded everywhere: a text of a million letters must not take longer than its length.
 _USER_INFO = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'"<>]{0,1000}@""")
 _PARAMETER = re.compile(
-    r"""([?&;][\w.-]{0,60}(?:token|key|secret|passw|pwd|signature|sig|auth|credential)[\w.-]{0,60}=)[^&;\s#'"<>)\]]+""", re.I
+    r"""([?&;][\w.-]{0,60}(?:token|key|secret|passw|pwd|signature|sig|auth|credential)[\w.-]{0,60}=)[^&;\s#'"<>)\]]+""",
+    re.I,
 )
 _HEADER = re.compile(r"(authorization\W{1,4}(?:basic|bearer|token)\s+)[\w.~+/=-]+", re.I)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
