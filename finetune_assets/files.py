@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from finetune_assets.digests import DigestCache
+from finetune_assets.digests import DigestCache, open_regular
 from finetune_assets.disk import human_size
 from finetune_assets.errors import BadInput
 
@@ -50,11 +50,8 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
     if (why := why_not_regular(path)) is not None:
         raise BadInput(f"{path}: {why}")
     try:
-        # it may have been replaced since: opening a pipe must not block
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open_regular(path) as file:  # it may have been replaced since
             found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise BadInput(f"{path}: is not a regular file")
             if limit is None:
                 return file.read()
             content = file.read(limit + 1)
