@@ -14,6 +14,7 @@ from finetune_assets.disk import human_size
 from finetune_assets.errors import BadInput
 
 NO_FILE = "no such file"
+SEE_TO_IT = "check its permissions, and the disk"
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -56,7 +57,7 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
                 return file.read()
             content = file.read(limit + 1)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
     if len(content) > limit:
         size = human_size(max(found.st_size, len(content)))
         raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "is it the right file?")
@@ -72,7 +73,7 @@ def digest_of_source(path: Path, digests: DigestCache) -> str:
     try:
         return digests.file(path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
 
 
 def read_utf8(path: Path, limit: int | None = None) -> str:
