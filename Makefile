@@ -43,8 +43,8 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_demo.py
-	$(BIN)/pytest tests/test_demo.py
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/whole/test_demo.py
+	$(BIN)/pytest tests/whole/test_demo.py
 
 ui: install
 	$(BIN)/dagster dev -h 127.0.0.1 -p 3000

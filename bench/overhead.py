@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from tests.conftest import make_mini
-    from tests.tiny_model import tiny_model
+    from tests.support.tiny_model import tiny_model
 
     demo = finetune("artifacts", "demo")
     figures: list[tuple[float, dict[str, float]]] = []

@@ -66,10 +66,10 @@ def main() -> None:
     parser.add_argument("--recipes", type=int, default=50)
     options = parser.parse_args()
 
-    from finetune_assets.plan import make_plan, open_store
-    from finetune_assets.recipe_file import load_recipe
+    from finetune_assets.lineage.plan import make_plan, open_store
+    from finetune_assets.recipe.file import load_recipe
     from tests.conftest import make_mini
-    from tests.history_fixtures import make_chain
+    from tests.support.history_fixtures import make_chain
 
     with tempfile.TemporaryDirectory() as folder:
         project = make_mini(Path(folder))

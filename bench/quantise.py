@@ -31,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.llama_tools import llama_tool
-from finetune_assets.export.converter import SCRIPT, converter_dir
-from finetune_assets.export.quantise import MOST_WORKERS
-from finetune_assets.project import Project
+from finetune_assets.export.gguf.converter import SCRIPT, converter_dir
+from finetune_assets.export.gguf.quantise import MOST_WORKERS
+from finetune_assets.recipe.project import Project
 
 THREADS = min(os.cpu_count() or 1, MOST_WORKERS)
 OURS = "import sys; from pathlib import Path; from finetune_assets.export.quantise import make_types; " + (
@@ -187,8 +187,8 @@ def merged_or_base(recipe: str, folder: Path) -> Path:
 
 
 def fetch_base(recipe: str, folder: Path) -> None:
-    from finetune_assets import base_model
-    from finetune_assets.recipe_file import load_recipe, recipe_path
+    from finetune_assets.models import base_model
+    from finetune_assets.recipe.file import load_recipe, recipe_path
 
     project = Project.find()
     model = load_recipe(recipe_path(recipe, project.configs)).model

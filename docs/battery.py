@@ -17,27 +17,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
-from finetune_assets.artifacts import Artifact
-from finetune_assets.cores import cores
-from finetune_assets.device import choose_device
-from finetune_assets.digests import DigestCache, digest_of_file
-from finetune_assets.errors import StepFailed
-from finetune_assets.export import merge_check, ollama_create, ollama_store
-from finetune_assets.export.converter import convert
-from finetune_assets.export.exact_checks import check_file
-from finetune_assets.export.expected import expected
-from finetune_assets.export.gguf_file import FILE_TYPES, read_head
-from finetune_assets.export.modelfile import OllamaModel
-from finetune_assets.export.ollama_checks import in_store
-from finetune_assets.export.ollama_process import find_binary, serving
-from finetune_assets.export.ollama_server import show
-from finetune_assets.export.parity import MAX_KL, Reference, examine, judge, refer
-from finetune_assets.export.quantise import make_types
-from finetune_assets.export.serving import recorded
-from finetune_assets.plan import open_store
-from finetune_assets.project import Project
-from tests import corruptions
-from tests.corruptions import (
+from finetune_assets.export.gguf.converter import convert
+from finetune_assets.export.gguf.quantise import make_types
+from finetune_assets.export.ollama import create as ollama_create
+from finetune_assets.export.ollama import model_store as ollama_store
+from finetune_assets.export.ollama.expected_answer import expected
+from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.export.ollama.publish import recorded
+from finetune_assets.export.ollama.served_checks import in_store
+from finetune_assets.export.ollama.server.api import show
+from finetune_assets.export.ollama.server.temporary import find_binary, serving
+from finetune_assets.export.parity import merged as merge_check
+from finetune_assets.export.parity.checks.structure import check_file
+from finetune_assets.export.parity.prove import MAX_KL, Reference, examine, judge, refer
+from finetune_assets.lineage.plan import open_store
+from finetune_assets.machine.cores import cores
+from finetune_assets.machine.device import choose_device
+from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.digests import DigestCache, digest_of_file
+from tests.support import corruptions
+from tests.support.corruptions import (
     GGUF_HARMS,
     LOUD_HARMS,
     MERGED_HARMS,
@@ -53,7 +55,7 @@ HEAD = """# The corruption battery
 
 Printed by `python -m docs.battery {recipe}`: each harm is done to a copy of the finished project's model, alone, and
 the checks that stand in its way say what they find. *Caught by* is the check that is there for it; others that found
-it, too, stand in brackets. `tests/test_battery.py` does the same to tiny models of several architectures.
+it, too, stand in brackets. `tests/export/parity/test_battery.py` does the same to tiny models of several architectures.
 
 - *{merged}*: the comparison with base and adapter that merged_model ends with.
 - *{gguf}*: the proof that gguf_file ends with, here of a {kind} file.

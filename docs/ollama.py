@@ -17,9 +17,9 @@ from pathlib import Path
 
 from docs.changes import PROJECT, Copy
 from docs.serving import WIDTH, Shell
-from finetune_assets.errors import StepFailed
-from finetune_assets.export.elsewhere import OLLAMA
-from finetune_assets.export.ollama_process import find_binary, serving
+from finetune_assets.export.ollama.server.temporary import find_binary, serving
+from finetune_assets.export.serving_commands import OLLAMA
+from finetune_assets.reporting.errors import StepFailed
 from tests.support.ollama_standin import Settings, standing_in
 from tests.support.standin_copies import backwards, one_weight_changed
 from tests.support.standin_store import llama_quantize

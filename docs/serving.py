@@ -26,11 +26,11 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from docs.changes import PROJECT, Copy
-from finetune_assets.errors import StepFailed
-from finetune_assets.export.elsewhere import LLAMA_SERVER, OLLAMA
-from finetune_assets.export.ollama_process import find_binary, free_port, serving
-from finetune_assets.project import Project
-from finetune_assets.recipe_file import find_recipe, load_recipe
+from finetune_assets.export.ollama.server.temporary import find_binary, free_port, serving
+from finetune_assets.export.serving_commands import LLAMA_SERVER, OLLAMA
+from finetune_assets.recipe.file import find_recipe, load_recipe
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import StepFailed
 
 HEAD = """# The model, served
 

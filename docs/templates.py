@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.chat.pinning import pinned, pins
-from finetune_assets.errors import StepFailed
-from finetune_assets.export.go_template import battery, render_jinja
-from finetune_assets.export.ollama_process import serving
-from finetune_assets.export.ollama_server import answers
-from finetune_assets.export.template_choice import served_by
-from finetune_assets.export.template_proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
-from tests.template_files import SPECIALS, letters_file, published
+from finetune_assets.export.ollama.server.api import answers
+from finetune_assets.export.ollama.server.temporary import serving
+from finetune_assets.export.ollama.template.choice import served_by
+from finetune_assets.export.ollama.template.derive import battery, render_jinja
+from finetune_assets.export.ollama.template.proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
+from finetune_assets.reporting.errors import StepFailed
+from tests.support.template_files import SPECIALS, letters_file, published
 
 HEAD = """# Published chat templates, and the two ways in which Ollama makes prompts
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from finetune_assets.assets.chain import bound, broken_recipe, recipe_definitions, shared_definitions
+from finetune_assets.assets.automation.chain import bound, broken_recipe, recipe_definitions, shared_definitions
 from finetune_assets.assets.keys import word_of
-from finetune_assets.errors import BadInput, FinetuneError, unforeseen
-from finetune_assets.masking import mask_logging
-from finetune_assets.project import Project
 from finetune_assets.recipe import Recipe
-from finetune_assets.recipe_file import load_recipe, recipe_files, recipe_name, refuse_rivals
+from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name, refuse_rivals
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import BadInput, FinetuneError, unforeseen
+from finetune_assets.reporting.masking import mask_logging
 
 
 def load_definitions(project: Project) -> dg.Definitions:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import dagster as dg
 
-from finetune_assets.errors import StepFailed
+from finetune_assets.reporting.errors import StepFailed
 
 POOL = "gpu"
 """Dagster's pool: its slots are the GPUs (or the CPU) that Dagster's own runs share."""

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PipesContextData, PipesParams
 
-from finetune_assets.process import launch
+from finetune_assets.worker import launch
 from resources.gpu import Lease
 
 

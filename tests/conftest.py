@@ -14,11 +14,11 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from finetune_assets import base_model
-from finetune_assets.device import Device, choose_device
-from finetune_assets.project import Project
-from finetune_assets.recipe_file import load_recipe
-from tests.tiny_model import tiny_model
+from finetune_assets.machine.device import Device, choose_device
+from finetune_assets.models import base_model
+from finetune_assets.recipe.file import load_recipe
+from finetune_assets.recipe.project import Project
+from tests.support.tiny_model import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

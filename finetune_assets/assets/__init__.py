@@ -1,1 +1,4 @@
-"""The Dagster side: each asset's wiring and what its page shows."""
+"""The Dagster side: eight thin assets, one file each.
+
+No work is done here: assets call into the rooms below. Front door: `all_assets`.
+"""

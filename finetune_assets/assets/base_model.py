@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from finetune_assets import base_model
-from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset
-from finetune_assets.export import model_card
-from finetune_assets.json_text import read_model_json
-from finetune_assets.materialise import Step
+from finetune_assets.inputs.json_text import read_model_json
+from finetune_assets.lineage.materialise import Step
+from finetune_assets.models import base_model
+from finetune_assets.models.formats import model_card
+from finetune_assets.store.artifact_store import Artifact, Made
 
 
 def build(step: Step) -> Made:

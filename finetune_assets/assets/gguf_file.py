@@ -11,15 +11,15 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets import base_model
-from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.export import imatrix_file
-from finetune_assets.export.gguf_types import bytes_decided_by, figures_decided_by, make_gguf
-from finetune_assets.export.parity import CHECKS, Figures, near_the_base
-from finetune_assets.export.parity_picture import draw
-from finetune_assets.export.quantise import WEIGHED
-from finetune_assets.materialise import Step
+from finetune_assets.export.gguf import imatrix_file
+from finetune_assets.export.gguf.make import bytes_decided_by, figures_decided_by, make_gguf
+from finetune_assets.export.gguf.quantise import WEIGHED
+from finetune_assets.export.parity.picture import draw
+from finetune_assets.export.parity.prove import CHECKS, Figures, near_the_base
+from finetune_assets.lineage.materialise import Step
+from finetune_assets.models import base_model
+from finetune_assets.store.artifact_store import Artifact, Made
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"

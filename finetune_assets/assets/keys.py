@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 
 import dagster as dg
 
-from finetune_assets.observed import FILES, Reading
+from finetune_assets.lineage.readings import FILES, Reading
 from finetune_assets.recipe import DATASETS, Recipe
 
 DATA_VERSION = "dagster/data_version"

@@ -8,21 +8,21 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.artifacts import Artifact, Made
 from finetune_assets.assets.keys import asset_key, read_tags, source_keys, word_of
-from finetune_assets.disk import disk_trouble
-from finetune_assets.errors import FinetuneError, unforeseen
-from finetune_assets.export.elsewhere import commands as serving_commands
-from finetune_assets.lineage import NODES
-from finetune_assets.masking import mask, masked_error
-from finetune_assets.materialise import Progress, Step, materialise
-from finetune_assets.observed import reading_of
-from finetune_assets.plan import open_store
-from finetune_assets.prerequisites import check_prerequisites
-from finetune_assets.printable import printable
-from finetune_assets.project import Project
+from finetune_assets.export.serving_commands import commands as serving_commands
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.materialise import Progress, Step, materialise
+from finetune_assets.lineage.plan import open_store
+from finetune_assets.lineage.prerequisites import check_prerequisites
+from finetune_assets.lineage.readings import reading_of
+from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe import Recipe
-from finetune_assets.watching import tell
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import FinetuneError, unforeseen
+from finetune_assets.reporting.events import tell
+from finetune_assets.reporting.masking import mask, masked_error
+from finetune_assets.reporting.printable import printable
+from finetune_assets.store.artifact_store import Artifact, Made
 from resources.dead_runs import sign
 from resources.worker_pipes import run_worker
 

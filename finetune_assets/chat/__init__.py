@@ -1,1 +1,4 @@
-"""The chat template, and talking to a model at each stage of its making."""
+"""Conversations as models read them: chat templates, tokenizers, rendering.
+
+No weights are loaded here. Front door: `template`.
+"""

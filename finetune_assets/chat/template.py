@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.template_limits import rendering
-from finetune_assets.errors import BadInput
 from finetune_assets.recipe import did_you_mean
+from finetune_assets.reporting.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

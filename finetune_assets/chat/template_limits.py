@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.disk import human_size
-from finetune_assets.errors import BadInput
-from finetune_assets.files import read_utf8
-from finetune_assets.json_text import read_model_json
+from finetune_assets.inputs.json_text import read_model_json
+from finetune_assets.inputs.regular_files import read_utf8
+from finetune_assets.machine.disk import human_size
+from finetune_assets.reporting.errors import BadInput
 
 SECONDS = 10
 MEMORY = 2_000_000_000  # bytes of address space: python and jinja2 take 60 MB

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_assets.errors import StepFailed
-from finetune_assets.remote_code import TOKENIZER_CONFIG, gate, needs_its_own_code, refusal
+from finetune_assets.inputs.remote_code import TOKENIZER_CONFIG, gate, needs_its_own_code, refusal
+from finetune_assets.reporting.errors import StepFailed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

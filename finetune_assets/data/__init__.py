@@ -1,1 +1,1 @@
-"""From registered data files to validated, split conversations."""
+"""Rows from a registry entry to checked splits. Nothing here knows of models or training. Front door: `prepare`."""

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.data.alpaca import to_messages, unmapped
-from finetune_assets.data.json_file import read_rows
+from finetune_assets.data.files.json_file import read_rows
+from finetune_assets.data.formats.alpaca import to_messages, unmapped
 from finetune_assets.data.registry import REGISTRY, Entry, load_entries
 from finetune_assets.data.split import Row, Splits, rank, split
-from finetune_assets.errors import BadInput
 from finetune_assets.recipe import DatasetSection, did_you_mean
+from finetune_assets.reporting.errors import BadInput
 
 SPLITS = ("train", "validation", "test")
 SHOWN = 10  # problems listed of one file; more say no more

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from finetune_assets.data.json_file import read_json
-from finetune_assets.errors import BadInput
-from finetune_assets.files import why_not_regular
+from finetune_assets.data.files.json_file import read_json
+from finetune_assets.inputs.regular_files import why_not_regular
 from finetune_assets.recipe import Section, did_you_mean
+from finetune_assets.reporting.errors import BadInput
 
 REGISTRY = "dataset_info.json"
 SHOWN = 10  # problems listed; more say no more

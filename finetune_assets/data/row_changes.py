@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.data.registry import REGISTRY, Columns, data_file, load_entries
-from finetune_assets.errors import FinetuneError
+from finetune_assets.reporting.errors import FinetuneError
 
 LIMIT = 8_000_000  # bytes of both files together: a tenth of a second
 TROUBLE = (FinetuneError, OSError, ValueError, TypeError, KeyError, RecursionError)

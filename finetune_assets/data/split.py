@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune_assets.data.alpaca import Message
-from finetune_assets.digests import digest_of
+from finetune_assets.data.formats.alpaca import Message
+from finetune_assets.store.digests import digest_of
 
 
 @dataclass(frozen=True)

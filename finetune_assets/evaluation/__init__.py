@@ -1,1 +1,4 @@
-"""Scores on held-out rows, base against tuned."""
+"""Scores of a model on held-out rows: generation, metrics, perplexity.
+
+Nothing is trained here. Front door: `evaluate`.
+"""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.chat.decoding import Chat, greedy_steps
+from finetune_assets.models.decoding import Chat, greedy_steps
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.chat.decoding import left_padded
 from finetune_assets.chat.template import IGNORED, Encoded
+from finetune_assets.models.decoding import left_padded
 
 # Tokens of a batch, padding included. Bounds the logits: at most this many times the vocabulary, in fp32.
 BATCH_TOKENS = 2048

@@ -1,1 +1,1 @@
-"""From adapter to served model: merge, GGUF, quantise, Modelfile, Ollama."""
+"""The way from an adapter to a served model: merge, GGUF files, proofs, Ollama. Nothing is trained here."""

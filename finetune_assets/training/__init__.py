@@ -1,1 +1,1 @@
-"""Supervised fine-tuning of LoRA adapters, on whatever device there is."""
+"""Training of an adapter. It knows nothing of Dagster and of the store. Front door: `stages`."""

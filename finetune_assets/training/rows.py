@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.chat.template import Encoded, encode_row
-from finetune_assets.errors import BadInput
 from finetune_assets.recipe import ModelSection, TrainSection
+from finetune_assets.reporting.errors import BadInput
 
 if TYPE_CHECKING:
     from datasets import Dataset

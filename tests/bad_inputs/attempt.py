@@ -73,7 +73,7 @@ def attempt(case: Case, scratch: Path) -> Answer:
 
 
 def _main(command: tuple[str, ...]) -> int:
-    from finetune_assets import cli
+    from finetune_assets.cli import commands as cli
 
     cli.out, cli.err = Console(width=200), Console(stderr=True, width=200)
     sys.argv = ["finetune", *command]
@@ -95,9 +95,7 @@ def warm() -> None:
     """Import once what every command would."""
     import dagster
 
-    import finetune_assets.assets.chain
-    import finetune_assets.cli
-    import finetune_assets.run
-    import finetune_assets.terminal.live
+    from finetune_assets.assets.automation import chain, run
+    from finetune_assets.cli import commands, live
 
-    assert dagster and finetune_assets.assets.chain and finetune_assets.terminal.live and finetune_assets.run
+    assert dagster and chain and run and commands and live

@@ -24,10 +24,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.export.gguf_file import read_head
-from finetune_assets.export.go_eval import render
-from finetune_assets.export.go_template import go_data
-from finetune_assets.export.probe import ProbeEngine
+from finetune_assets.export.ollama.template.derive import go_data
+from finetune_assets.export.ollama.template.go_eval import render
+from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine
+from finetune_assets.models.formats.gguf import read_head
 from tests.support.standin_store import Refused, Store, Stored, copy_weights, details, shown
 
 VERSION = "0.34.1-standin"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from finetune_assets.export.gguf_file import UINT32, Head, read_head
-from finetune_assets.export.gguf_form import write_in_form
+from finetune_assets.export.gguf.form import write_in_form
+from finetune_assets.models.formats.gguf import UINT32, Head, read_head
 
 
 def backwards(source: Path, target: Path) -> None:

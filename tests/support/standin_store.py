@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.digests import digest_of_file
-from finetune_assets.errors import StepFailed
-from finetune_assets.export.converter import VERSION
-from finetune_assets.export.gguf_file import FILE_TYPES, TYPE_NAMES, Head, read_head
-from finetune_assets.export.gguf_form import write_in_form
+from finetune_assets.export.gguf.converter import VERSION
+from finetune_assets.export.gguf.form import write_in_form
+from finetune_assets.models.formats.gguf import FILE_TYPES, TYPE_NAMES, Head, read_head
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.store.digests import digest_of_file
 
 IMAGE = "application/vnd.ollama.image."
 CONFIG = "application/vnd.docker.container.image.v1+json"

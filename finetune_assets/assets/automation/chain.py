@@ -1,0 +1,69 @@
+"""The definitions of one recipe, and what all recipes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import dagster as dg
+
+from finetune_assets.assets.all_assets import STEPS
+from finetune_assets.assets.automation.sensors import failure_sensor, observe_sensor, retrain_sensor, schedule
+from finetune_assets.assets.automation.sources import dataset_nodes, values_nodes
+from finetune_assets.assets.keys import asset_key, job_name
+from finetune_assets.assets.step_asset import define
+from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import FinetuneError, clean
+from resources.gpu import GpuResource
+from resources.webhook import WebhookResource
+
+
+def recipe_definitions(recipe: Recipe, project: Project) -> dg.Definitions:
+    """Everything that Dagster shows of a recipe but its data sets."""
+    job = dg.define_asset_job(
+        job_name(recipe.name),
+        # by name, as the group of one recipe's values (x_config) can be that of a second recipe
+        selection=dg.AssetSelection.assets(*(asset_key(recipe, step.name) for step in STEPS)),
+        description=f"Bring every asset of the recipe {recipe.name} up to date.",
+        tags={"recipe": recipe.name},
+    )
+    return dg.Definitions(
+        assets=[*(define(step, recipe, project) for step in STEPS), values_nodes(recipe, project)],
+        jobs=[job],
+        sensors=[retrain_sensor(recipe, project)],
+        schedules=[schedule(recipe, project)] if recipe.schedule.cron is not None else [],
+    )
+
+
+def shared_definitions(recipes: Sequence[Recipe], project: Project) -> dg.Definitions:
+    """What is there once for all recipes."""
+    return dg.Definitions(assets=dataset_nodes(recipes, project), sensors=[observe_sensor(project), failure_sensor()])
+
+
+def bound(*chains: dg.Definitions) -> dg.Definitions:
+    """Chains with what they run on: the device, and this process (heavy work has processes of its own)."""
+    return dg.Definitions.merge(
+        *chains,
+        dg.Definitions(resources={"gpu": GpuResource(), "webhook": WebhookResource()}, executor=dg.in_process_executor),
+    )
+
+
+def broken_recipe(name: str, word: str, error: FinetuneError) -> dg.Definitions:
+    """A stand-in for a recipe that cannot be read: visible in the lineage, and it says why when it is run.
+
+    Args:
+        word: what Dagster calls it.
+    """
+    message = str(error)
+    shown = message.replace("```", "~~~")
+
+    @dg.asset(
+        key=[word, "recipe"],
+        group_name=word,
+        description=f"**The recipe {clean(name)} cannot be read.**\n\n```\n{shown}\n```",
+        kinds={"yaml"},
+    )
+    def recipe() -> None:
+        raise dg.Failure(description=message, allow_retries=False)
+
+    return dg.Definitions(assets=[recipe])

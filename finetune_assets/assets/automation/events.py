@@ -1,0 +1,93 @@
+"""What Dagster has not been told yet: contents that changed outside, and assets that are up to date without a run.
+
+The plan is the one judge of what is stale. Dagster judges by the last events of an asset and of what it reads, so these
+events make its pages say what the plan says: also where an asset reads only a part of another, where an earlier
+artifact is wanted again, and where a published file was damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import dagster as dg
+from dagster import DagsterInstance, MetadataValue
+
+from finetune_assets.assets.all_assets import STEPS
+from finetune_assets.assets.keys import (
+    CODE_VERSION,
+    DATA_VERSION,
+    READ,
+    asset_key,
+    read_tags,
+    source_versions,
+    values_key,
+)
+from finetune_assets.assets.step_asset import page
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.identity import shown
+from finetune_assets.lineage.readings import Observed
+from finetune_assets.store.artifact_store import Artifact
+
+POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wants one beside each version read
+
+Event = dg.AssetObservation | dg.AssetMaterialization
+
+
+def news(observed: Observed, instance: DagsterInstance) -> list[Event]:
+    """The events that bring Dagster up to date on a recipe; none when it is."""
+    found: list[Event] = []
+    for event in observations(observed):
+        records = instance.fetch_observations(event.asset_key, limit=1).records
+        if _differs(records[0].asset_observation if records else None, event.tags):
+            found.append(event)
+    for step in STEPS:
+        artifact = observed.plan[step.name].artifact
+        if artifact is None:
+            continue
+        key, tags = asset_key(observed.recipe, step.name), _up_to_date_with(step.name, artifact, observed)
+        record = instance.get_latest_materialization_event(key)
+        if _differs(record.asset_materialization if record else None, tags):
+            found.append(
+                dg.AssetMaterialization(
+                    key, metadata=page(step, artifact, observed.recipe, observed.project, reused=True), tags=tags
+                )
+            )
+    return found
+
+
+def observations(observed: Observed) -> Iterator[dg.AssetObservation]:
+    """Versions of everything that the recipe's assets read from outside of the lineage."""
+    for asset, reading in observed.readings.items():
+        for key, version in source_versions(observed.recipe, asset, reading).items():
+            metadata = _values(observed, asset) if key == values_key(observed.recipe, asset) else {}
+            yield dg.AssetObservation(key, metadata=metadata, tags={DATA_VERSION: version})
+
+
+def _up_to_date_with(asset: str, artifact: Artifact, observed: Observed) -> dict[str, str]:
+    """The tags of a materialisation that would find this artifact published."""
+    node = NODES[asset]
+    used = {up.asset: observed.plan[up.asset].artifact for up in node.upstreams}
+    upstreams = {name: upstream.data_version for name, upstream in used.items() if upstream is not None}
+    read = read_tags(observed.recipe, asset, observed.readings[asset], upstreams)
+    return {
+        CODE_VERSION: node.code_version,
+        DATA_VERSION: artifact.data_version,
+        "dagster/data_version_is_user_provided": "true",
+        **{POINTER + name.removeprefix(READ): "NULL" for name in read},
+        **read,
+    }
+
+
+def _values(observed: Observed, asset: str) -> dict[str, MetadataValue]:
+    reading, item = observed.readings[asset], observed.plan[asset]
+    values = {**reading.values["recipe"], **reading.values["tools"]}
+    listing = "\n".join(f"{name}: {shown(value)}" for name, value in values.items())
+    return {
+        "values beside the defaults": MetadataValue.md(f"```yaml\n{listing}\n```" if listing else "none"),
+        f"{asset} is": MetadataValue.text("; ".join([item.state, *item.reasons])),
+    }
+
+
+def _differs(last: Event | None, tags: Mapping[str, str] | None) -> bool:
+    known = (last.tags if last else None) or {}
+    return any(known.get(name) != value for name, value in (tags or {}).items() if not name.startswith(POINTER))

@@ -1,0 +1,163 @@
+"""What starts runs by itself, and what tells people: sensors and schedules, off unless a recipe turns them on.
+
+Both ask the plan. A sensor is level-triggered: it does not wait for a change to happen but compares what is there with
+what the recipe asks for, so nothing that changed while it was off, or while a run was going, is lost.
+"""
+
+import dagster as dg
+from dagster import DagsterInstance, DagsterRun, RunsFilter
+
+from finetune_assets.assets.automation.events import news
+from finetune_assets.assets.keys import asset_key, job_name, word_of
+from finetune_assets.lineage.readings import Observed, observe
+from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name, recipe_path
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import FinetuneError, clean, unforeseen
+from resources.dead_runs import end_dead_runs, unfinished_run_of
+from resources.webhook import WebhookResource
+
+TARGET_TAG = "finetune/target"
+OBSERVE_SECONDS = 30
+
+
+def retrain_sensor(recipe: Recipe, project: Project) -> dg.SensorDefinition:
+    """Starts a run for what is stale of a recipe: one for each target, never beside another run of the recipe."""
+
+    @dg.sensor(
+        name=f"{word_of(recipe.name)}_retrain",
+        job_name=job_name(recipe.name),
+        minimum_interval_seconds=recipe.schedule.minimum_interval_seconds,
+        default_status=dg.DefaultSensorStatus.RUNNING if recipe.schedule.on_change else dg.DefaultSensorStatus.STOPPED,
+        description=f"Runs what is stale of {recipe.name}, once it has stayed as it is from one look to the next.",
+    )
+    def retrain(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        now = load_recipe(recipe_path(recipe.name, project.configs))
+        if recipe.schedule.on_change and not now.schedule.on_change:
+            return dg.SensorResult(skip_reason=f"schedule.on_change of {recipe.name} is off")
+        end_dead_runs(context.instance)
+        if (run := unfinished_run_of(recipe.name, context.instance)) is not None:
+            return dg.SensorResult(skip_reason=f"run {run.run_id[:8]} of {recipe.name} is {run.status.value.lower()}")
+        observed = observe(now, project)
+        if not observed.stale:
+            return dg.SensorResult(skip_reason="everything is up to date", cursor="")
+        target = observed.target
+        if context.cursor != target:
+            # somebody may still be writing: a half-copied file must not be trained on
+            return dg.SensorResult(skip_reason=f"{_in_words(observed)}; runs if it stays so", cursor=target)
+        last = _last_attempt(recipe.name, context.instance)
+        if last is not None and last.tags.get(TARGET_TAG) == target and not last.is_success:
+            how = last.status.value.lower()
+            return dg.SensorResult(
+                skip_reason=f"run {last.run_id[:8]} of just this {how}; "
+                "change the recipe or its data, or start a run by hand",
+                cursor=target,
+            )
+        # one key for a target after a given run: asked twice, it is still one run
+        return dg.SensorResult(
+            [request(observed, run_key=f"{target} after {last.run_id if last else 'none'}")], cursor=target
+        )
+
+    return retrain
+
+
+def schedule(recipe: Recipe, project: Project) -> dg.ScheduleDefinition:
+    """Runs what is stale of a recipe at the times of `schedule.cron`, whether or not it failed the last time."""
+
+    @dg.schedule(
+        name=f"{word_of(recipe.name)}_schedule",
+        job_name=job_name(recipe.name),
+        cron_schedule=str(recipe.schedule.cron),
+        execution_timezone=recipe.schedule.execution_timezone,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+    )
+    def at_its_time(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        end_dead_runs(context.instance)
+        observed = observe(load_recipe(recipe_path(recipe.name, project.configs)), project)
+        return request(observed) if observed.stale else dg.SkipReason("everything is up to date")
+
+    return at_its_time
+
+
+def observe_sensor(project: Project) -> dg.SensorDefinition:
+    """Tells Dagster what changed in recipes and data, so that its pages show what is stale. Starts nothing."""
+
+    @dg.sensor(
+        name="observe",
+        minimum_interval_seconds=OBSERVE_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Looks at the files of recipes and data sets and reports those that changed. Starts no run.",
+    )
+    def look(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        end_dead_runs(context.instance)
+        events, broken = [], []
+        for path in recipe_files(project.configs):
+            try:
+                events += news(observe(load_recipe(path), project), context.instance)
+            except Exception as error:  # whatever is wrong with one recipe, the others are looked at
+                known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
+                broken.append(f"{clean(recipe_name(path))}: {known}")
+                context.log.warning(broken[-1])
+        unique = {(event.asset_key, str(event.tags)): event for event in events}  # recipes share data sets
+        return dg.SensorResult(
+            asset_events=list(unique.values()), skip_reason="\n".join([f"{len(unique)} news", *broken])
+        )
+
+    return look
+
+
+def failure_sensor() -> dg.SensorDefinition:
+    """Posts failed runs to the webhook, where one is set."""
+
+    @dg.run_failure_sensor(name="failure_webhook", default_status=dg.DefaultSensorStatus.RUNNING)
+    def tell(context: dg.RunFailureSensorContext, webhook: WebhookResource) -> dg.SkipReason | None:
+        if not webhook.is_set:
+            return dg.SkipReason("no webhook is set: FINETUNE_FAILURE_WEBHOOK")
+        steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
+        webhook.post_failure(
+            recipe=context.dagster_run.tags.get("recipe"),
+            run_id=context.dagster_run.run_id,
+            asset=_asset_of(steps[0], context.dagster_run.tags.get("recipe")) if steps else None,
+            message=_cause(context),
+        )
+        return None
+
+    return tell
+
+
+def request(observed: Observed, run_key: str | None = None) -> dg.RunRequest:
+    """A run for what is stale."""
+    return dg.RunRequest(
+        run_key=run_key,
+        asset_selection=[asset_key(observed.recipe, name) for name in observed.stale],
+        tags={TARGET_TAG: observed.target},
+    )
+
+
+def _last_attempt(recipe: str, instance: DagsterInstance) -> DagsterRun | None:
+    """The last run that was to bring the whole recipe up to date, by sensor, schedule or command line."""
+    for run in instance.get_runs(RunsFilter(tags={"recipe": recipe}), limit=20):
+        if TARGET_TAG in run.tags:
+            return run
+    return None
+
+
+def _in_words(observed: Observed) -> str:
+    first = observed.plan[observed.stale[0]]
+    return f"{first.asset} is {first.state}: {'; '.join(first.reasons)}"
+
+
+def _asset_of(step: str, recipe: str | None) -> str:
+    """`demo/lora_adapter` of the step `demo__lora_adapter`; with the recipe's own name where the run has it."""
+    word, _, asset = step.rpartition("__")
+    return f"{recipe or word}/{asset}"
+
+
+def _cause(context: dg.RunFailureSensorContext) -> str:
+    for event in context.get_step_failure_events():
+        data = event.step_failure_data
+        if data.user_failure_data and data.user_failure_data.description:
+            return data.user_failure_data.description
+        if data.error:
+            return data.error.message
+    return context.failure_event.message or "no reason was given"

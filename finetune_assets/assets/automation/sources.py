@@ -1,0 +1,80 @@
+"""Data sets and recipe values as nodes of Dagster's graph: where the lineage begins.
+
+They are observable, by a sensor (triggers.py) and by the button in the UI. Both look at the files as they are at that
+moment; the code location need not be loaded again.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import dagster as dg
+
+from finetune_assets.assets.automation.events import observations
+from finetune_assets.assets.keys import DATA_VERSION, file_key, values_key, word_of
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.readings import observe
+from finetune_assets.recipe import DATASETS, Recipe
+from finetune_assets.recipe.file import load_recipe, recipe_path
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import FinetuneError, unforeseen
+from finetune_assets.reporting.masking import masked_error
+
+
+def values_nodes(recipe: Recipe, project: Project) -> dg.AssetsDefinition:
+    """The recipe's values: a node for each asset, of what it reads."""
+    specs = [
+        dg.AssetSpec(
+            values_key(recipe, node.name),
+            description=f"What `{node.name}` reads of the recipe: {', '.join(f'`{read}`' for read in node.reads)}.",
+            group_name=f"{word_of(recipe.name)}_config",
+            kinds={"yaml"},
+        )
+        for node in NODES.values()
+    ]
+
+    def observe_values(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
+        yield from _seen(context, [recipe], project)
+
+    return _observable(f"{word_of(recipe.name)}__config", specs, observe_values)
+
+
+def dataset_nodes(recipes: Sequence[Recipe], project: Project) -> list[dg.AssetsDefinition]:
+    """A node for each data set that a recipe names."""
+    readers = {file_key(recipe, name): recipe for recipe in recipes for name in recipe.dataset.dataset}
+    specs = [
+        dg.AssetSpec(
+            key,
+            description=f"A data set of `{recipe.dataset.dataset_dir}`: its file, and its entry in dataset_info.json.",
+            group_name=DATASETS,
+            kinds={"json"},
+        )
+        for key, recipe in readers.items()
+    ]
+
+    def observe_datasets(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
+        selected = {readers[key].name: readers[key] for key in sorted(context.selected_asset_keys)}
+        yield from _seen(context, list(selected.values()), project)
+
+    return [_observable(f"{DATASETS}__files", specs, observe_datasets)] if specs else []
+
+
+def _observable(name: str, specs: Sequence[dg.AssetSpec], observe: Callable[..., Any]) -> dg.AssetsDefinition:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)  # Dagster calls every observable node beta
+        return dg.multi_observable_source_asset(name=name, specs=specs, can_subset=True)(observe)
+
+
+def _seen(context: dg.AssetExecutionContext, recipes: Sequence[Recipe], project: Project) -> Iterator[dg.ObserveResult]:
+    left = set(context.selected_asset_keys)
+    for recipe in recipes:
+        try:
+            found = list(observations(observe(load_recipe(recipe_path(recipe.name, project.configs)), project)))
+        except Exception as error:
+            known = error if isinstance(error, FinetuneError) else unforeseen(error, f"the look at {recipe.name}")
+            raise dg.Failure(description=str(known), allow_retries=False) from masked_error(error)
+        for event in found:
+            if event.asset_key in left:
+                left.remove(event.asset_key)
+                version = dg.DataVersion((event.tags or {})[DATA_VERSION])
+                yield dg.ObserveResult(asset_key=event.asset_key, data_version=version, metadata=event.metadata)

@@ -1,0 +1,94 @@
+"""JSON and JSON Lines files of rows, with errors that say the line and the column."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.inputs.json_text import Refused, parse_json
+from finetune_assets.inputs.regular_files import read_utf8
+from finetune_assets.reporting.errors import BadInput
+
+REGISTRY_SIZE = 10_000_000  # bytes; an entry has about a hundred
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file that people write.
+
+    Raises:
+        BadInput: it cannot be read, is not UTF-8, is larger than such a file can be, or is not clean JSON.
+    """
+    return _parse(read_utf8(path, REGISTRY_SIZE), path, 1)
+
+
+def read_rows(path: Path) -> list[tuple[int, Any]]:
+    """The rows of a JSON array, or of a JSON Lines file (.jsonl), each with the line that it begins in.
+
+    Raises:
+        BadInput: as read_json; no array; no rows.
+    """
+    text = read_utf8(path)
+    if path.suffix == ".jsonl":
+        rows = [(number, _parse(line, path, number)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        value = _parse(text, path, 1)
+        if not isinstance(value, list):
+            raise BadInput(f"{path}: holds {_kind(value)}, not an array of rows", "write the rows as [ {...}, {...} ]")
+        rows = list(zip(_lines_of_elements(text), value, strict=True))
+    if not rows:
+        raise BadInput(f"{path}: has no rows", "a data set needs at least one row")
+    return rows
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    try:
+        return parse_json(text, clean=True)
+    except json.JSONDecodeError as error:
+        if not text.strip():
+            raise BadInput(f"{path}: is empty", "a data set needs at least one row") from None
+        line = first_line + error.lineno - 1
+        raise BadInput(f"{path}:{line}:{error.colno}: not valid JSON: {error.msg}") from None
+    except Refused as error:
+        line = first_line if "\n" not in text else _line_of_refused(text)
+        raise BadInput(f"{path}{f':{line}' if line else ''}: {error}") from None
+
+
+def _line_of_refused(text: str) -> int | None:
+    """The line in which the first row of an array begins that is refused; None where that cannot be told."""
+    try:
+        for line, element in _elements(text):
+            try:
+                parse_json(element, clean=True)
+            except Refused:
+                return line
+    except (ValueError, IndexError, RecursionError):  # the refused one cannot be read at all
+        pass
+    return None
+
+
+def _lines_of_elements(text: str) -> list[int]:
+    """The line in which each element of the (valid) JSON array begins."""
+    return [line for line, _ in _elements(text)]
+
+
+def _elements(text: str) -> Iterator[tuple[int, str]]:
+    """The line in which each element of the JSON array begins, and its text."""
+    decoder, blank = json.JSONDecoder(), " \t\r\n"
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        while text[at] in blank or text[at] == ",":
+            at += 1
+        if text[at] == "]":
+            return
+        line += text.count("\n", counted, at)
+        counted = at
+        _, end = decoder.raw_decode(text, at)
+        yield line, text[at:end]
+        at = end
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")

@@ -1,0 +1,105 @@
+"""A merged model -> one GGUF file for each wanted type, making only those that are not there yet."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.export.gguf import imatrix_file
+from finetune_assets.export.gguf.converter import convert, natural_type
+from finetune_assets.export.gguf.quantise import WEIGHED, link_or_copy, make_types
+from finetune_assets.store.digests import digest_of_file
+
+
+def make_gguf(
+    merged: Path,
+    types: list[str],
+    out: Path,
+    *,
+    name: str,
+    about: Mapping[str, Any],
+    cache: Path,
+    trust_remote_code: bool = False,
+    kept: Mapping[str, tuple[Path, str]],
+    measure: Callable[[Path, Path], None] | None,
+    progress: Callable[[dict[str, Any]], None],
+) -> dict[str, dict[str, Any]]:
+    """Write `out`/`name`-TYPE.gguf for every type; type -> {"file": its name, "bytes": its size, "sha256": hex}.
+
+    With an importance matrix, the types that go by it come with it: `out`/imatrix.gguf.
+
+    Args:
+        merged: Hugging Face folder with the chat template to embed.
+        name, about: the model's name, and what else the files' metadata say; see `convert`.
+        cache: where the converter is kept.
+        trust_remote_code: let the converter run the code that comes with the model.
+        kept: files made earlier of the same model by the same tools: type (imatrix.gguf by its name) -> path, and
+            the sha256 (hex) it had then. What is something else by now is made again.
+        measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
+
+    Raises:
+        StepFailed: the converter does not know the model, or failed.
+    """
+    made = {kind: out / f"{name}-{kind}.gguf" for kind in types}
+
+    @functools.cache
+    def whole(kind: str) -> Path | None:
+        path, sha256 = kept.get(kind, (None, ""))
+        return path if path is not None and digest_of_file(path) == sha256 else None
+
+    digests: dict[str, str] = {}  # of what was written, before anything can happen to it
+    for kind, file in made.items():
+        if (path := whole(kind)) is not None:
+            link_or_copy(path, file)
+            digests[kind] = kept[kind][1]
+    matrix = out / imatrix_file.FILE
+    if any(kind in WEIGHED for kind in types) and (path := whole(matrix.name)) is not None:
+        link_or_copy(path, matrix)
+    missing = [kind for kind in types if kind not in digests]
+    if missing:
+        full = natural_type(merged)
+        source = whole(full)
+        if source is None:
+            source = out / f"{name}-{full}.gguf"
+            progress({"event": "message", "text": f"converting to GGUF ({full})"})
+            convert(merged, source, full, cache, name=name, about=about, trust_remote_code=trust_remote_code)
+        if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
+            measure(source, matrix)
+        importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None
+        for number, kind in enumerate(missing, 1):
+            progress({"event": "message", "text": f"making {kind} ({number} of {len(missing)})"})
+            if made[kind] != source:
+                make_types(source, [kind], out, name, importance)
+            digests[kind] = digest_of_file(made[kind])
+        if full not in types and whole(full) is None:
+            source.unlink()
+    return {
+        kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in made.items()
+    }
+
+
+def bytes_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What of a gguf_file's fingerprint decides the file of a type; the rest decides how it compares with the model.
+
+    Args:
+        ingredients: as of `artifacts.Fingerprint`.
+        kind: a type, or imatrix.gguf.
+    """
+    recipe, upstreams, tools = (ingredients[key] for key in ("recipe", "upstreams", "tools"))
+    decided: dict[str, Any] = {
+        **{key: value for key, value in ingredients.items() if key not in ("recipe", "upstreams", "tools")},
+        "told": {key: value for key, value in recipe.items() if not key.startswith("gguf.")},  # metadata
+        "merged_model": upstreams.get("merged_model"),
+        "tools": [tools.get(name) for name in ("converter", "xllamacpp")],
+    }
+    if kind in (*WEIGHED, imatrix_file.FILE):
+        rows = recipe.get("gguf.imatrix")
+        decided["imatrix"] = [rows, upstreams.get(f"dataset_info/{rows}")]
+    return decided
+
+
+def figures_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What decides how the file of a type compares with the merged model."""
+    return {**bytes_decided_by(ingredients, kind), "test": ingredients["upstreams"].get("dataset_info/test")}

@@ -1,0 +1,244 @@
+"""From one GGUF file of full precision to the types that a recipe asks for, tensor by tensor.
+
+The bytes of each tensor are the ones that llama.cpp's `llama_model_quantize` makes, with and without an importance
+matrix; the types that cannot do without one (q2_k_s, iq1 to iq3) are not made. Memory is a few blocks of rows per
+thread; the metadata are copied byte for byte, in the form of gguf_form.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Generator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_assets.export.gguf import ggml
+from finetune_assets.export.gguf.form import FILE_TYPE, in_form, in_order
+from finetune_assets.export.gguf.type_policy import EMBEDDINGS, tensor_types
+from finetune_assets.machine.cores import cores
+from finetune_assets.models.formats.gguf import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.reporting.errors import BadInput, StepFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SOURCES = {"f32", "f16", "bf16"}
+CHUNK = 1 << 18  # weights quantised at a time: 1 MiB in float32
+MOST_WORKERS = 32
+MOST_TEXT = 127  # bytes of a text that llama.cpp takes over from an importance matrix
+
+# Where the float16 scales (and minima) lie in a block of each type; llama.cpp checks the same ones.
+SCALES = {
+    "F16": (0,), "Q8_0": (0,), "Q5_1": (0, 2), "Q5_0": (0,), "Q4_1": (0, 2), "Q4_0": (0,),
+    "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82),
+}  # fmt: skip
+
+# The types that an importance matrix changes; in the others every weight is rounded by itself.
+WEIGHED = tuple(kind for kind in FILE_TYPES if kind not in (*SOURCES, "q8_0"))
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix: how strongly each column of a weight matrix was driven while the model read some text.
+
+    `values` maps a GGUF tensor's name to float32 (experts or 1, columns), the mean square of that input; for an expert
+    that saw nothing, ones. A matrix without an entry is quantised as it is without an importance matrix. The rest goes
+    into the file's metadata (quantize.imatrix.*): the matrix' file, the text it read, and how many chunks of it.
+    """
+
+    values: Mapping[str, np.ndarray]
+    file: str = ""
+    dataset: str = ""
+    chunks: int = 0
+
+
+def make_types(
+    source: Path, types: list[str], out_dir: Path, name: str, imatrix: Imatrix | None = None
+) -> dict[str, Path]:
+    """Make `out_dir`/`name`-TYPE.gguf for each type from a GGUF file of type f32, f16 or bf16.
+
+    The same source gives the same bytes. A type that the source already has is a hard link to it (or a copy). The
+    importance matrix has a say in the types of WEIGHED only.
+
+    Raises:
+        BadInput: an unknown type.
+        StepFailed: the source is quantised or damaged, a weight fits neither float16 nor a block's scale, or the
+            importance matrix is of another model or holds NaN.
+    """
+    if unknown := [kind for kind in types if kind not in FILE_TYPES]:
+        raise BadInput(f"unknown GGUF type {unknown[0]!r}", f"known: {', '.join(FILE_TYPES)}")
+    head = read_head(source)
+    has = {number: kind for kind, number in FILE_TYPES.items()}.get(head.get("general.file_type"))
+    if has not in SOURCES:
+        raise StepFailed(f"{source} is not of full precision: types are made from f32, f16 or bf16 only")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in types}
+    for kind, file in files.items():
+        if kind == has:
+            link_or_copy(source, file)
+        else:
+            _make(source, head, kind, file, imatrix if imatrix and imatrix.values and kind in WEIGHED else None)
+    return files
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system cannot link; nothing, if it has that name already."""
+    if target.exists() and source.samefile(target):
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _make(source: Path, head: Head, kind: str, file: Path, imatrix: Imatrix | None) -> None:
+    head = replace(head, tensors=in_order(head.tensors))
+    made = head.with_value(FILE_TYPE, UINT32, FILE_TYPES[kind])
+    if imatrix is not None:
+        made = _telling_of(imatrix, made)
+    made = in_form(made.with_tensors(tensor_types(head, kind, imatrix is not None)))
+    importance = _importance(imatrix, head, made) if imatrix is not None else {}
+    encoded = made.encode()
+    file.unlink(missing_ok=True)  # it may be a second name of another file
+    with source.open("rb", buffering=0) as data, file.open("wb", buffering=0) as out:
+        out.write(encoded)
+        out.truncate(len(encoded) + made.data_size)  # what lies between tensors is zero
+        _convert_all(_blocks(head, made, len(encoded), importance), data.fileno(), out.fileno())
+
+
+def _telling_of(imatrix: Imatrix, head: Head) -> Head:
+    """The head with the metadata by which llama.cpp tells that the rounding was weighed, and by what."""
+    for key, text in (("file", imatrix.file), ("dataset", imatrix.dataset)):
+        if text:
+            short = text.encode()[:MOST_TEXT].decode(errors="ignore")
+            head = head.with_value(f"quantize.imatrix.{key}", STRING, short)
+    for key, number in (("entries_count", len(imatrix.values)), ("chunks_count", imatrix.chunks)):
+        if number:
+            head = head.with_value(f"quantize.imatrix.{key}", UINT32, number)
+    return head
+
+
+def _importance(imatrix: Imatrix, head: Head, made: Head) -> dict[str, np.ndarray]:
+    """Name -> (experts or 1, columns) for the tensors that are to be rounded; StepFailed if it is of another model."""
+    import numpy as np
+
+    found: dict[str, np.ndarray] = {}
+    for before, after in zip(head.tensors, made.tensors, strict=True):
+        values = imatrix.values.get(before.name)
+        if values is None or before.type == after.type:
+            continue
+        matrices, columns = before.matrices, before.shape[0]
+        if values.size == matrices * columns:
+            found[before.name] = np.ascontiguousarray(values, np.float32).reshape(matrices, columns)
+        elif before.name not in EMBEDDINGS:  # whose inputs are no activations; a matrix may hold anything for them
+            raise StepFailed(
+                f"the importance matrix has {values.size} values for {before.name} instead of {matrices} x {columns}",
+                "it was made of another model: make it again",
+            )
+    for name, values in found.items():
+        if not np.isfinite(values).all():
+            raise StepFailed(f"the importance matrix holds NaN or infinite values for {name}", "make it again")
+    return found
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some rows of a tensor; `read_at` and `write_at` are where their bytes lie in the files."""
+
+    before: Tensor
+    after: Tensor
+    rows: int
+    read_at: int
+    write_at: int
+    importance: np.ndarray | None  # (columns,)
+
+
+def _blocks(head: Head, made: Head, data_start: int, importance: dict[str, np.ndarray]) -> Generator[_Block]:
+    """All tensors in blocks of at most CHUNK weights or one row; the rows of two experts are not mixed."""
+    for before, after in zip(head.tensors, made.tensors, strict=True):
+        read_at, write_at = head.data_start + before.offset, data_start + after.offset
+        step = max(1, CHUNK // before.shape[0])
+        for matrix in range(before.matrices):
+            weights = importance[before.name][matrix] if before.name in importance else None
+            left = before.rows // before.matrices
+            while left:
+                rows = min(step, left)
+                yield _Block(before, after, rows, read_at, write_at, weights)
+                left -= rows
+                read_at += rows * before.row_size
+                write_at += rows * after.row_size
+
+
+def _convert_all(blocks: Generator[_Block], source: int, target: int) -> None:
+    """Convert all blocks from one open file to the other, in threads: ggml and the files need no Python lock."""
+    taking = threading.Lock()
+
+    def work() -> None:
+        scratch = _Scratch()
+        while True:
+            with taking:
+                block = next(blocks, None)
+            if block is None:
+                return
+            _write(target, scratch.converted(block, source), block.write_at)
+
+    workers = min(cores(), MOST_WORKERS)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for done in as_completed([pool.submit(work) for _ in range(workers)]):
+                done.result()
+        finally:
+            with taking:
+                blocks.close()  # so that the others stop, too
+
+
+def _write(file: int, data: memoryview, at: int) -> None:
+    while data:
+        written = os.pwrite(file, data, at)
+        data, at = data[written:], at + written
+
+
+class _Scratch:
+    """One worker's memory, used again for each block."""
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def _bytes(self, use: str, size: int) -> np.ndarray:
+        import numpy as np
+
+        if use not in self.arrays or len(self.arrays[use]) < size:
+            self.arrays[use] = np.empty(size, np.uint8)
+        return self.arrays[use][:size]
+
+    def converted(self, block: _Block, source: int) -> memoryview:
+        """The block's bytes in its new type, until the next call; quantisers work from float32."""
+        import numpy as np
+
+        before, after = block.before, block.after
+        data = self._bytes("read", block.rows * before.row_size)
+        if os.preadv(source, [data.data], block.read_at) < len(data):
+            raise StepFailed(f"the source ends within tensor {before.name}", "make it again")
+        if before.type == after.type:
+            return data.data
+        if before.type == "F32":
+            values = data.view(np.float32)
+        elif before.type in ("F16", "BF16"):
+            values = self._bytes("float32", block.rows * before.shape[0] * 4).view(np.float32)
+            ggml.to_float32(data, before.type, values)
+        else:
+            raise StepFailed(f"tensor {before.name} is {before.type}: types are made from F32, F16 or BF16 only")
+        if not np.isfinite(values).all():
+            raise StepFailed(f"tensor {before.name} holds NaN or infinite values", "train the adapter again")
+        made = self._bytes("write", block.rows * after.row_size)
+        ggml.quantise(values.reshape(block.rows, -1), after.type, made, block.importance)
+        for at in SCALES.get(after.type, ()):
+            parts = made.reshape(-1, TENSOR_TYPES[after.type][2])[:, at : at + 2]
+            if not np.isfinite(parts.copy().view(np.float16)).all():
+                raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "ask for bf16 (gguf.types)")
+        return made.data

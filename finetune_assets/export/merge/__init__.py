@@ -1,0 +1,1 @@
+"""The merge of an adapter into its base model, block by block. Front door: `merge`."""

@@ -1,0 +1,4 @@
+"""What concerns Ollama: Modelfile, model store, publication and the checks of the served model.
+
+Front door: `publish`.
+"""

@@ -1,0 +1,132 @@
+"""How a server serves a model: which template it renders prompts with, what it stores, what it tells.
+
+Found by what the server does where it can be told apart, and by its version where it cannot. Servers before 0.30 always
+follow TEMPLATE. Later ones choose between TEMPLATE and the GGUF file's chat template, and return a rendered prompt for
+`_debug_render_only`: conversations that the two render differently show which one it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_assets.export.ollama import weights as ollama_weights
+from finetune_assets.export.ollama.expected_answer import Expected
+from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.export.ollama.server import api as ollama_server
+from finetune_assets.export.ollama.template.choice import served_by
+from finetune_assets.export.ollama.weights import release
+from finetune_assets.models.engines.engine import Messages
+from finetune_assets.models.formats.gguf import read_head
+
+CHOOSES_SINCE = (0, 30, 0)
+PATIENCE = 600.0  # seconds: the server loads the model
+TEMPLATE, JINJA = "TEMPLATE", "the chat template in the GGUF file (Jinja)"
+ALIKE, OTHER = "TEMPLATE or the chat template (Jinja), which render alike", "neither TEMPLATE nor the chat template"
+UNKNOWN = "a template that the server does not tell"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a server serves a model.
+
+    Attributes:
+        prompts: what renders them, in words.
+        weights: as what it stores them, in words.
+        digest: of what it stores (hex), as far as it tells.
+        prompt: the rendered prompt of the question, where the server tells it.
+    """
+
+    version: str
+    prompts: str
+    weights: str
+    digest: str | None
+    prompt: str | None = None
+
+    @property
+    def leaves_out_cached(self) -> bool:
+        """Whether it may count only the prompt tokens that it had not read before, as the first 0.30 releases do."""
+        found = release(self.version)
+        return found is not None and found[:2] == CHOOSES_SINCE[:2]
+
+    def __str__(self) -> str:
+        return f"Ollama {self.version}: prompts by {self.prompts}, weights {self.weights}"
+
+
+def behaviour(
+    host: str, version: str, name: str, model: OllamaModel, expected: Expected, *, keep_alive: float | None = None
+) -> Behaviour:
+    """Find out how a server serves `model` under a name.
+
+    Args:
+        keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
+
+    Raises:
+        OSError: the server gives no answer that can be read.
+    """
+    digest = ollama_weights.source_of(ollama_server.show(host, name))
+    weights = "as sent" if digest == model.sha256 else "in a copy of its own"
+    if (found := release(version)) is not None and found < CHOOSES_SINCE:
+        return Behaviour(version, TEMPLATE, weights, digest)
+    prompt = rendered(host, name, expected.messages, keep_alive)
+    prompts = UNKNOWN if prompt is None else _rendered_by(host, name, model, expected, prompt)
+    if prompts in (ALIKE, UNKNOWN):
+        prompts += f"; {_predicted(version, model)} by the rule of its release"
+    return Behaviour(version, prompts, weights, digest, prompt)
+
+
+def rendered(host: str, name: str, messages: Messages, keep_alive: float | None = None) -> str | None:
+    """The prompt that a server makes of a conversation; None where it does not tell.
+
+    A server that does not know `_debug_render_only` answers instead, with one token.
+    """
+    request: dict[str, Any] = {"model": name, "messages": messages, "stream": False, "_debug_render_only": True}
+    request |= {"options": {"num_predict": 1}, **({} if keep_alive is None else {"keep_alive": keep_alive})}
+    answer = ollama_server.ask(host, "/api/chat", PATIENCE, request)
+    found = (answer.get("_debug_info") or {}).get("rendered_template")
+    return found if isinstance(found, str) else None
+
+
+def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, prompt: str) -> str:
+    """Which of the two templates gives the prompts that the server renders."""
+    told = [(expected.conversation, expected.prompt, prompt)]
+    for messages, jinja in expected.probes:
+        # what a server refuses to render tells nothing
+        if (found := _rendered_or_none(host, name, messages)) is not None:
+            told.append((messages, jinja, found))
+    by_go = [_by_template(model, messages) in (None, found) for messages, _, found in told]
+    by_jinja = [jinja == found for _, jinja, found in told]
+    if all(by_go) and all(by_jinja):
+        return ALIKE
+    if all(by_go):
+        return TEMPLATE
+    return JINJA if all(by_jinja) else OTHER
+
+
+def _predicted(version: str, model: OllamaModel) -> str:
+    """What a server of this version renders the model's prompts with, by its source."""
+    head = read_head(model.gguf)
+    jinja, architecture = head.get("tokenizer.chat_template"), str(head.get("general.architecture"))
+    try:
+        choice = served_by(version, model.template, jinja, architecture)
+    except ValueError:
+        return "not to be said"
+    return {"template": TEMPLATE, "jinja": "the chat template", "server": "code of its own"}[choice.path]
+
+
+def _rendered_or_none(host: str, name: str, messages: Messages) -> str | None:
+    try:
+        return rendered(host, name, messages)
+    except OSError:
+        return None
+
+
+def _by_template(model: OllamaModel, messages: Messages) -> str | None:
+    """What the model's TEMPLATE makes of a conversation; None where it uses more of Go's language than we read."""
+    from finetune_assets.export.ollama.template.derive import go_data
+    from finetune_assets.export.ollama.template.go_eval import render
+
+    try:
+        return render(model.template, go_data(messages))
+    except (ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,151 @@
+"""Models created on a running Ollama server, checked there under staging tags, and only then put in production."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.export.ollama import served_checks as ollama_checks
+from finetune_assets.export.ollama.behaviour import Behaviour, behaviour
+from finetune_assets.export.ollama.expected_answer import Expected
+from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.export.ollama.server import upload as ollama_upload
+from finetune_assets.export.ollama.server.api import answers, digests, listed, show
+from finetune_assets.reporting.errors import StepFailed
+
+if TYPE_CHECKING:
+    from ollama import Client
+
+Progress = Callable[[dict[str, Any]], None]
+
+STAGING = "staging"  # begins the tags of models that are being made
+PATIENCE = 600.0  # seconds for one request: a busy CPU server takes its time to load a model
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model in place.
+
+    Attributes:
+        digest: its manifest's.
+        previous: that of what was served under the name before, if anything was.
+        behaviour: how the server serves it.
+    """
+
+    digest: str
+    previous: str | None
+    behaviour: Behaviour
+
+
+def create(
+    host: str,
+    models: Sequence[OllamaModel],
+    expected: Mapping[str, Expected],
+    *,
+    retired: Mapping[str, str] | None = None,
+    progress: Progress = lambda event: None,
+) -> dict[str, Made]:
+    """Make models of one base name on the server; by name.
+
+    Each is created and checked under a staging tag of its own; only when all are good do the production tags move.
+
+    Args:
+        expected: what llama.cpp answers with each model, by name.
+        retired: models to take away when all is done, if they are still what is named here: name -> digest.
+        progress: told each stage, and how far the sending of weights has come.
+
+    Raises:
+        StepFailed: the server fails, or serves something else than was asked for; what it served before stays.
+    """
+    import httpx
+    from ollama import Client, RequestError, ResponseError
+
+    def say(text: str) -> None:
+        progress({"event": "message", "text": text})
+
+    base = models[0].base
+    client = Client(host=host, timeout=PATIENCE, trust_env=False)
+    behaviours: dict[str, Behaviour] = {}
+    staging = {model.name: f"{base}:{STAGING}-{model.name.partition(':')[2]}" for model in models}
+    moved: list[str] = []
+    with _swept_at_the_end(client, host, listed(f"{base}:{STAGING}-")):
+        try:
+            before = digests(host)
+            for model in models:
+                ollama_upload.send(host, model.gguf, model.sha256, progress)
+                say(f"creating {model.name}")
+                _create(client, staging[model.name], model)
+                say(f"checking what {model.name} serves")
+                name, reply = staging[model.name], expected[model.name]
+                version, shown = answers(host) or "of unknown version", show(host, name)
+                weights = ollama_checks.weights(host, version, name, shown, model)
+                checks = ollama_checks.written(shown, model, weights)
+                if all(check.ok for check in checks):
+                    found = behaviour(host, version, name, model, reply)
+                    behaviours[model.name] = found
+                    checks = ollama_checks.answered(client, name, reply, found, keep_alive=0)
+                if failed := [f"{check.name}: {check.found}" for check in checks if not check.ok]:
+                    raise StepFailed(
+                        f"the Ollama server at {host} does not serve {model.name} as it was made: {'; '.join(failed)}",
+                        "what it served before is unchanged; its log may say more",
+                    )
+            for model in models:
+                client.copy(staging[model.name], model.name)
+                moved.append(model.name)
+            after = digests(host)
+        except (ResponseError, RequestError) as error:
+            raise StepFailed(
+                f"the Ollama server at {host} refused {base}: {error}",
+                f"{_state(moved)}; put its trouble right (its log says more), and run again",
+            ) from error
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            raise StepFailed(
+                f"the Ollama server at {host} was lost while making {base}: {error or type(error).__name__}",
+                f"{_state(moved)}; see that it is running and has room on its disk, and run again",
+            ) from error
+        for name, under in staging.items():
+            if listed(name) not in after or after[listed(name)] != after.get(listed(under)):
+                raise StepFailed(f"the Ollama server at {host} did not put {name} in place", "its log says more")
+        for name, old in (retired or {}).items():
+            if after.get(listed(name)) == old:
+                with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
+                    client.delete(name)
+    return {name: Made(after[listed(name)], before.get(listed(name)), behaviours[name]) for name in staging}
+
+
+def _state(moved: Sequence[str]) -> str:
+    """What the server serves after a failure."""
+    if moved:
+        return f"it serves the new {', '.join(moved)}, and no other of the new models"
+    return "what it served before is unchanged"
+
+
+def _create(client: Client, name: str, model: OllamaModel) -> None:
+    for _ in client.create(
+        model=name,
+        files={model.gguf.name: f"sha256:{model.sha256}"},
+        template=model.template,
+        system=model.system,
+        parameters=dict(model.parameters),
+        license=list(model.licenses) or None,
+        stream=True,
+    ):
+        pass
+
+
+@contextlib.contextmanager
+def _swept_at_the_end(client: Client, host: str, prefix: str) -> Iterator[None]:
+    """Whatever happens, no staging tag is left, not even one of a run that was killed."""
+    import httpx
+    from ollama import ResponseError
+
+    try:
+        yield
+    finally:
+        # The server is gone: the failure that led here says more, and the next run sweeps.
+        with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
+            for name in digests(host):
+                if name.startswith(prefix):
+                    client.delete(name)

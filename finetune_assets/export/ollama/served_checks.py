@@ -1,0 +1,214 @@
+"""What is served, held against what was made: named checks of a model on a server, or in our own store."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.export.ollama import model_store as ollama_store
+from finetune_assets.export.ollama import weights as ollama_weights
+from finetune_assets.export.ollama.behaviour import Behaviour
+from finetune_assets.export.ollama.expected_answer import SLACK, TOLD, Expected
+from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.store.digests import digest_of_file
+
+if TYPE_CHECKING:
+    from ollama import ChatResponse, Client, Message
+
+# Half the sum of differences between two engines' probabilities of the first token. Their kernels round differently:
+# see CLEAR in expected.
+FURTHEST = 0.1
+THINKING_MARKS = re.compile(r"\s*</?think>\s*")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`found` says what there is, or what there is instead."""
+
+    name: str
+    ok: bool
+    found: str
+
+
+def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None = None) -> list[Check]:
+    """A server's own account of a model (its /api/show): weights, template, system message, stops, parameters.
+
+    Args:
+        weights: what was found of them; None: their digest has to be the file's.
+    """
+    parameters = _read_parameters(shown.get("parameters", ""))
+    wanted = {key: value if isinstance(value, list) else [value] for key, value in model.parameters.items()}
+    stops, wanted_stops = parameters.pop("stop", []), wanted.pop("stop", [])
+    return [
+        weights or _same("weights", ollama_weights.source_of(shown), model.sha256),
+        _same("template", shown.get("template", ""), model.template),
+        _same("system", shown.get("system", ""), model.system or ""),
+        # given none, a server may have ideas of its own
+        _same("stops", sorted(stops) if wanted_stops else [], sorted(wanted_stops)),
+        _same("parameters", parameters, {key: list(map(_number, values)) for key, values in wanted.items()}),
+    ]
+
+
+def weights(host: str, version: str, name: str, shown: Mapping[str, Any], model: OllamaModel) -> Check:
+    """The weights that a server holds: of the digest on record, or else of the same content. OSError if it is gone."""
+    if ollama_weights.source_of(shown) == model.sha256:
+        return Check("weights", True, "as on record")
+    same, found = ollama_weights.compare_content(host, name, shown, model.gguf, model.sha256, version)
+    return Check("weights", same, found)
+
+
+def answered(
+    client: Client,
+    name: str,
+    expected: Expected,
+    behaviour: Behaviour | None = None,
+    *,
+    keep_alive: float | None = None,
+) -> list[Check]:
+    """What a server reads and says when it is asked, and whether it stops.
+
+    Args:
+        behaviour: how the server serves the model, as far as it is known.
+        keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
+    """
+    options = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": expected.tokens + SLACK}
+    answer = client.chat(
+        model=name,
+        messages=expected.messages,
+        options=options,
+        keep_alive=keep_alive,
+        logprobs=True,
+        top_logprobs=TOLD,
+    )
+    return compare(answer, expected, behaviour)
+
+
+def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | None = None) -> list[Check]:
+    """A server's answer, in greedy decoding, against llama.cpp's."""
+    said, wanted = _said(answer.message, expected.text)
+    checks = [*_prompt(answer.prompt_eval_count, expected, behaviour), *_first_distribution(answer, expected)]
+    if expected.tokens == 0:
+        return [*checks, Check("first tokens", True, "not compared: llama.cpp itself hesitates at the first")]
+    # llama.cpp leaves out white space before a whole answer, and engines a space that belongs to the first word
+    same = said.strip() == wanted.strip() if expected.ends else said.lstrip(" ").startswith(wanted.lstrip(" "))
+    found = f"{expected.tokens} as llama.cpp's: " if same else f"{_short(said)} instead of "
+    checks.append(Check("first tokens", same, found + _short(wanted)))
+    if not expected.ends:
+        return [*checks, Check("stops by itself", True, "not compared: llama.cpp's own answer is longer")]
+    stops = answer.done_reason == "stop"
+    return [*checks, Check("stops by itself", stops, "it does" if stops else f"it does not ({answer.done_reason})")]
+
+
+def _said(message: Message, wanted: str) -> tuple[str, str]:
+    """What a server says and what it should say; one that tells thoughts apart leaves out their marks."""
+    content = message.content or ""
+    if not message.thinking:
+        return content, wanted
+    return (message.thinking + content).strip(), THINKING_MARKS.sub("", wanted)
+
+
+def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -> list[Check]:
+    """The text that a server makes of the question, where it tells, and how many tokens it reads."""
+    rendered, wanted = behaviour.prompt if behaviour else None, expected.prompt_tokens
+    texts = [] if rendered is None else [_same_text("prompt", rendered, expected.prompt)]
+    if read == expected.prompt_tokens:
+        return [*texts, Check("prompt tokens", True, f"{read}, as in training")]
+    if (
+        behaviour
+        and behaviour.leaves_out_cached
+        and rendered == expected.prompt
+        and (read or 0) < expected.prompt_tokens
+    ):
+        return [*texts, Check("prompt tokens", True, f"not compared: Ollama {behaviour.version} counts no cached ones")]
+    why = "its TEMPLATE, its begin-of-text token or its tokenizer is another"
+    found = f"the server reads {read} tokens where training would read {wanted}: {why}"
+    return [*texts, Check("prompt tokens", False, found)]
+
+
+def _first_distribution(answer: ChatResponse, expected: Expected) -> list[Check]:
+    """How likely the server finds each first token, where it tells, against llama.cpp."""
+    if not answer.logprobs or not expected.first:
+        return []
+    told = {entry.token: math.exp(entry.logprob) for entry in answer.logprobs[0].top_logprobs or []}
+    distance = sum(abs(told.get(text, 0.0) - likely) for text, likely in expected.first.items()) / 2
+    found = f"total variation {distance:.3f} over {len(expected.first)} tokens (limit {FURTHEST})"
+    return [Check("first distribution", distance <= FURTHEST, found)]
+
+
+def _same_text(name: str, got: str, wanted: str) -> Check:
+    if got == wanted:
+        return Check(name, True, f"{len(wanted)} characters, as in training")
+    at = next((at for at, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    return Check(name, False, f"{_short(got[at : at + 60])} instead of {_short(wanted[at : at + 60])} at {at}")
+
+
+def in_store(models: Path, model: OllamaModel, digest: str) -> list[Check]:
+    """A model in our own store: its manifest, and every blob by its content."""
+    place = ollama_store.manifest_path(models, model.name)
+    try:
+        manifest = place.read_bytes()
+        described = json.loads(manifest)
+        layers = ollama_store.layers_of(described)
+        named = {described["config"]["digest"]: "configuration", **{layer.digest: layer.kind for layer in layers}}
+    except FileNotFoundError:
+        return [Check("manifest", False, f"{place} is not there")]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Check("manifest", False, f"{place} cannot be read ({type(error).__name__})")]
+    checks = [_same("manifest", hashlib.sha256(manifest).hexdigest(), digest)]
+    damage = {kind: why for blob, kind in named.items() if (why := _blob_damage(models, blob))}
+    checks.append(Check("blobs", not damage, _named(damage) or f"{len(named)}, each with the content of its digest"))
+    weights = [layer.digest.removeprefix("sha256:") for layer in layers if layer.kind == "model"]
+    checks.append(_same("weights", weights, [model.sha256]))
+    wanted = ollama_store.contents(model)
+    for kind in ("template", "system", "params"):
+        digests = [layer.digest.removeprefix("sha256:") for layer in layers if layer.kind == kind]
+        checks.append(_same(kind, digests, [hashlib.sha256(data).hexdigest() for data in wanted.get(kind, [])]))
+    return checks
+
+
+def _blob_damage(models: Path, digest: str) -> str | None:
+    try:
+        found = digest_of_file(ollama_store.blob_path(models, digest))
+    except OSError as error:
+        return f"{digest[:19]} cannot be read ({error.strerror})"
+    return None if digest == f"sha256:{found}" else f"{digest[:19]} has another content"
+
+
+def _same(name: str, got: Any, wanted: Any) -> Check:
+    if got == wanted:
+        return Check(name, True, "as on record")
+    return Check(name, False, f"{_short(got)} instead of {_short(wanted)}")
+
+
+def _named(damage: Mapping[str, str]) -> str:
+    return "; ".join(f"{kind}: {why}" for kind, why in damage.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _read_parameters(text: str) -> dict[str, list[Any]]:
+    """The parameters that a server shows: on each line a name, spaces, and a value as Go writes it."""
+    found: dict[str, list[Any]] = {}
+    for line in text.splitlines():
+        key, value = line.split(None, 1)
+        # Go's escapes in a quoted text are among Python's, and mean the same
+        found.setdefault(key, []).append(ast.literal_eval(value) if value.startswith('"') else _number(value))
+    return found
+
+
+def _number(value: Any) -> Any:
+    """A number, whichever way it is written."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value

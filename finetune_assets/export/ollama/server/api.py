@@ -1,0 +1,132 @@
+"""Quick questions to an Ollama server: is one there, what does it serve. With the standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import json
+import os
+import re
+import ssl
+import urllib.error
+import urllib.request
+from typing import Any
+
+from finetune_assets.reporting.errors import StepFailed
+
+ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]+(/[^\s?#]*)?")
+BUSY = 10.0  # seconds for a simple answer of a server that is there
+
+
+def configured_host() -> str:
+    """The server that OLLAMA_HOST names, as http://host:port; the usual one if it is not set."""
+    return parse_host(os.environ.get("OLLAMA_HOST", ""))
+
+
+def parse_host(text: str) -> str:
+    """An OLLAMA_HOST value, read as Ollama reads it ("host", ":port", "0.0.0.0:11434", "https://..."), as a URL."""
+    scheme, found, rest = text.strip().strip("\"'").partition("://")
+    if not found:
+        scheme, rest = "http", scheme
+    # A password or key, which no server of Ollama's asks for in its address, is to be shown nowhere.
+    rest = re.sub("[?#].*", "?***", re.sub(".*@", "***@", rest))
+    port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
+    place, _, path = rest.partition("/")
+    if with_port := re.fullmatch(r"(\[[^]]*\]|[^:]*):(\w*)", place):
+        host = with_port[1].strip("[]") or "127.0.0.1"
+        port = with_port[2] if with_port[2].isdigit() and int(with_port[2]) < 65536 else port
+    else:
+        host = place.strip("[]") or "127.0.0.1"
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        if address.is_unspecified:  # a server listens everywhere; a client has to go somewhere
+            host = "127.0.0.1" if address.version == 4 else "::1"
+        host = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{host}:{port}{'/' + path.strip('/') if path.strip('/') else ''}"
+
+
+def answers(host: str, seconds: float = 1.0) -> str | None:
+    """The version of the Ollama server at `host`, or None if nothing answers there.
+
+    Args:
+        seconds: to wait for a connection. A server that is there but busy gets `BUSY` more to answer.
+
+    Raises:
+        StepFailed: something is there that is no Ollama server, or one that does not answer.
+    """
+    if not ADDRESS.fullmatch(host):
+        raise StepFailed(
+            f"{host} is no Ollama server: not an address",
+            "write OLLAMA_HOST like 127.0.0.1:11434, without user name, password or key, or unset it",
+        )
+    try:
+        try:
+            return str(_get(host, "/api/version", seconds)["version"])
+        except TimeoutError:  # there is a connection, or it would be a URLError
+            return str(_get(host, "/api/version", BUSY)["version"])
+    except TimeoutError as error:
+        raise StepFailed(
+            f"{host} takes connections, but did not answer within {seconds + BUSY:.0f} seconds",
+            "wait until it has time again, or set OLLAMA_HOST to another server",
+        ) from error
+    except urllib.error.HTTPError as error:
+        reason = f"it answers {error.code} to /api/version"
+    except urllib.error.URLError as error:  # refused, no such host, nothing there
+        if not isinstance(error.reason, ssl.SSLError):
+            return None
+        reason = f"no secure connection ({error.reason.reason})"
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
+        reason = f"its answer to /api/version cannot be read ({type(error).__name__})"
+    raise StepFailed(f"{host} is no Ollama server: {reason}", "set OLLAMA_HOST to the server's address, or unset it")
+
+
+def digest(host: str, name: str) -> str | None:
+    """The manifest digest of a model on the server, or None where it has none of that name."""
+    return digests(host).get(listed(name))
+
+
+def digests(host: str) -> dict[str, str]:
+    """The manifest digests of all models on the server, by name and tag as `listed` writes them.
+
+    Raises:
+        OSError: it gives no answer that can be read.
+    """
+    return {listed(model["name"]): model["digest"] for model in ask(host, "/api/tags", 10.0).get("models") or []}
+
+
+def listed(name: str) -> str:
+    """One name for all that a server takes for the same model.
+
+    A server ignores case: where it has a model of the tag Q8_0, it lists each q8_0 that is made later as Q8_0, too.
+    """
+    plain = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return plain if ":" in plain else f"{plain}:latest"
+
+
+def show(host: str, name: str, *, verbose: bool = False) -> dict[str, Any]:
+    """What the server tells about a model: template, system, parameters, modelfile and more. OSError as above.
+
+    Args:
+        verbose: with all of the GGUF file's metadata, the tokenizer's words included.
+    """
+    return ask(host, "/api/show", 60.0, {"model": name, **({"verbose": True} if verbose else {})})
+
+
+def ask(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A server's answer; OSError where it gives none, or none that can be read."""
+    try:
+        return _get(host, path, seconds, body)
+    except (http.client.HTTPException, ValueError) as error:
+        raise ConnectionError(f"its answer to {path} cannot be read ({type(error).__name__})") from error
+
+
+def _get(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(host + path, data=data, headers={"Content-Type": "application/json"})
+    with _OPENER.open(request, timeout=seconds) as answer:
+        return json.load(answer)
+
+
+# Servers are near: no proxy of the environment stands between.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -1,0 +1,157 @@
+"""Whether a server holds the weights that it was given: the same file, or a copy that `llama-quantize COPY` made of it.
+
+Our files have the form that such a copy keeps (see gguf_form), so digests agree. A server with another copy stores a
+file of another digest, and then its content is compared: the bytes, where the server's folder can be read, else
+what its API tells of them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.export.gguf.form import cut_texts, in_form, short
+from finetune_assets.export.ollama.server import api as ollama_server
+from finetune_assets.models.engines.engine import is_loopback
+from finetune_assets.models.formats.gguf import TYPE_NAMES, Head, Tensor, read_head
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.store.digests import digest_of_file
+
+COPIES_SINCE = (0, 31, 2)
+BLOCK = 1 << 22  # bytes compared at a time
+SOURCE = re.compile(r"^FROM (.*sha256[-:]([0-9a-f]{64}))\s*$", re.MULTILINE)
+# metadata that a server leaves out of its account, or that it adds
+NOT_TOLD = ("general.name", "tokenizer.chat_template")
+STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")  # Ollama's own, of a user and of its service
+
+
+def source_of(shown: Mapping[str, Any]) -> str | None:
+    """The digest (hex) of the weights that a server tells of (its /api/show)."""
+    found = SOURCE.search(shown.get("modelfile", ""))
+    return found[2] if found else None
+
+
+def compare_content(
+    host: str, name: str, shown: Mapping[str, Any], gguf: Path, sha256: str, version: str
+) -> tuple[bool, str]:
+    """Whether weights of another digest than `sha256` are a server's copy of the file `gguf`, and what was compared.
+
+    Args:
+        shown: the server's account of the model.
+        version: the server's.
+    """
+    digest = source_of(shown)
+    if digest is None:
+        return False, f"the server names no weights instead of {sha256[:12]}"
+    differs = f"its digest is {digest[:12]} instead of {sha256[:12]}"
+    ours = in_form(cut_texts(read_head(gguf)))
+    if (blob := readable_blob(host, shown)) is not None:
+        why = difference(blob, digest, gguf)
+        same = f"{len(ours.tensors)} tensors and {len(ours.raw)} metadata values are the same byte for byte"
+        return why is None, f"{differs}; {f'not a copy: {why}' if why else same}"
+    if not copies(version):
+        return False, f"{differs}; its bytes cannot be read here, and Ollama {version} makes no copies"
+    told = ollama_server.show(host, name, verbose=True)
+    if (why := _untold(told, ours)) is not None:
+        return False, f"{differs}; not a copy: {why}"
+    values = len([key for key in ours.raw if key not in NOT_TOLD])
+    return True, (
+        f"{differs}; {len(ours.tensors)} tensors have the same names, shapes and types, and {values} metadata values "
+        "are the same; its bytes cannot be read here, and were not compared"
+    )
+
+
+def copies(version: str) -> bool:
+    """Whether a server of this version copies weights when it creates a model; one that cannot be read counts."""
+    found = release(version)
+    return found is None or found >= COPIES_SINCE
+
+
+def release(version: str) -> tuple[int, int, int] | None:
+    """0.33.1-rc2 -> (0, 33, 1); None for a build from source, which calls itself 0.0.0, or for no version."""
+    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
+    numbers = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else (0, 0, 0)
+    return numbers if any(numbers) else None
+
+
+def readable_blob(host: str, shown: Mapping[str, Any]) -> Path | None:
+    """The file of the weights, if the server is on this machine and lets it be read."""
+    found = SOURCE.search(shown.get("modelfile", ""))
+    if found is None or not is_loopback(host):
+        return None
+    given = os.environ.get("OLLAMA_MODELS")
+    stores = [Path(store).expanduser() for store in (*([given] if given else []), *STORES)]
+    places = [Path(found[1]), *(store / "blobs" / f"sha256-{found[2]}" for store in stores)]
+    return next((place for place in places if place.is_absolute() and os.access(place, os.R_OK)), None)
+
+
+def difference(blob: Path, digest: str, gguf: Path) -> str | None:
+    """What of a server's file is not what `llama-quantize COPY` makes of ours; None if nothing is.
+
+    Args:
+        digest: the blob's (hex), by which the server knows it.
+    """
+    try:
+        if digest_of_file(blob) != digest:
+            return f"{blob} has another content than its name says"
+        held, ours = read_head(blob), read_head(gguf)
+        theirs, wanted = in_form(cut_texts(held)), in_form(cut_texts(ours))
+    except (StepFailed, OSError) as error:
+        return error.message if isinstance(error, StepFailed) else f"{blob} cannot be read ({error.strerror})"
+    for key in [*wanted.raw, *theirs.raw]:
+        if theirs.raw.get(key) != wanted.raw.get(key):
+            return f"the metadata value {key} differs"
+    if theirs.tensors != wanted.tensors:
+        return _table_difference(theirs.tensors, wanted.tensors)
+    places = {tensor.name: held.data_start + tensor.offset for tensor in held.tensors}
+    with blob.open("rb") as left, gguf.open("rb") as right:
+        for tensor in ours.tensors:
+            left.seek(places[tensor.name])
+            right.seek(ours.data_start + tensor.offset)
+            if any(a != b for a, b in _blocks(left, right, tensor.nbytes)):
+                return f"tensor {tensor.name} has other weights"
+    return None
+
+
+def _blocks(left: Any, right: Any, size: int) -> Iterator[tuple[bytes, bytes]]:
+    while size:
+        step = min(size, BLOCK)
+        yield left.read(step), right.read(step)
+        size -= step
+
+
+def _table_difference(theirs: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> str:
+    held = {tensor.name: tensor for tensor in theirs}
+    for tensor in ours:
+        if (other := held.pop(tensor.name, None)) is None:
+            return f"there is no tensor {tensor.name}"
+        if (other.type, other.shape) != (tensor.type, tensor.shape):
+            return f"tensor {tensor.name} is {other.type} {other.shape} instead of {tensor.type} {tensor.shape}"
+    return f"there is a tensor {next(iter(held), 'table of another order')} too many"
+
+
+def _untold(told: Mapping[str, Any], ours: Head) -> str | None:
+    """What in a server's account of the file differs from ours; None if nothing does."""
+    tensors = {entry["name"]: (entry["type"], short(tuple(entry["shape"]))) for entry in told.get("tensors") or []}
+    wanted = {tensor.name: (TYPE_NAMES[tensor.type_number], tensor.shape) for tensor in ours.tensors}
+    for name in [*wanted, *tensors]:
+        if tensors.get(name) != wanted.get(name):
+            return f"tensor {name} is {tensors.get(name, 'not there')} instead of {wanted.get(name, 'not there')}"
+    info = told.get("model_info") or {}
+    for key in ours.raw:
+        if key not in NOT_TOLD and (key not in info or not _equal(info[key], ours.get(key))):
+            return f"the metadata value {key} differs"
+    return None
+
+
+def _equal(told: Any, ours: Any) -> bool:
+    """A value in JSON against one of the file, in which fractions have 32 bits."""
+    if isinstance(ours, list):
+        return isinstance(told, list) and len(told) == len(ours) and all(map(_equal, told, ours))
+    if isinstance(ours, float) and isinstance(told, (int, float)):
+        return math.isclose(told, ours, rel_tol=1e-6) or (math.isnan(ours) and math.isnan(told))
+    return told == ours

@@ -1,0 +1,149 @@
+"""Every weight of a GGUF file against the merged model's: to the bit where none is rounded away, else row by row.
+
+How a model speaks hides much: a coarse type's rounding outweighs a wrong row, and a token that no conversation uses
+says nothing. Its weights do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_assets.export.gguf.form import short
+from finetune_assets.export.parity.checks.structure import EXPERT, PLAIN, Failure, architecture, renamed
+from finetune_assets.machine.cores import cores
+from finetune_assets.models.formats.gguf import Head, Tensor
+from finetune_assets.models.formats.safetensors import Checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# Of the architectures in `PLAIN`, the ones whose queries and keys are laid out for rotation by pairs of neighbours
+# instead of halves, and the ones whose norms lack the one that is added to their weights.
+PAIRED = {"llama", "smollm3"}
+ONE_LESS = {"gemma3"}
+
+# Largest relative error of a row (root mean square) that a tensor's type explains; the others round nothing away. It is
+# about that of a row whose blocks hold one large weight each, and else weights that are half a step off. Measured, over
+# all rows of SmolLM2-135M and Qwen2.5-Coder-0.5B: Q8_0 0.014, Q6_K 0.030, Q5_K 0.044, Q5_1 0.089, Q5_0 0.12, Q4_K 0.10,
+# Q4_1 0.15, Q4_0 0.22, Q3_K 0.22. A row of noughts is off by 1, another row by 1.4.
+ROUNDING = {
+    "Q8_0": 0.025, "Q6_K": 0.08, "Q5_K": 0.15, "Q5_1": 0.15, "Q5_0": 0.2, "Q4_K": 0.3, "Q4_1": 0.3, "Q4_0": 0.4,
+    "Q3_K": 0.55, "Q2_K": 0.95,
+}  # fmt: skip
+# An importance matrix lets columns go that matter little: the demo's rows are off by up to 2.7 times as much (Q5_1:
+# 0.24), so more is allowed then, though never what a row of noughts has.
+MATRIX = "quantize.imatrix.entries_count"
+TIMES_WITH_MATRIX, MOST = 3, 0.95
+# The scales of blocks are float16, no finer than 2^-24: the weights of a block are whole multiples of its scale (times
+# a second one in K-quants), of up to so much. Rows of next to nothing, such as those of unused tokens, feel it.
+STEPS = {"Q8_0": 127, "Q6_K": 128 * 32, "Q5_K": 63 * 31, "Q4_K": 63 * 15}
+FINEST = 2**-24
+SUBNORMAL = 2e-38  # what is smaller may be nothing in another arithmetic
+
+CHUNK = 1 << 20  # weights compared at a time
+
+
+def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
+    """The row that is furthest off, if one is too far; nothing of architectures other than `PLAIN`.
+
+    Args:
+        merged: Hugging Face folder. What it has and the file has not, or in another shape, is another check's finding.
+    """
+    import numpy as np
+
+    if architecture(head) not in PLAIN:
+        return []
+    data, name_of = np.memmap(gguf, dtype=np.uint8, mode="r"), renamed(head)
+    held = {tensor.name: tensor for tensor in head.tensors}
+    limits = ROUNDING
+    if head.get(MATRIX) is not None:
+        limits = {kind: min(MOST, TIMES_WITH_MATRIX * limit) for kind, limit in ROUNDING.items()}
+
+    def look(name: str) -> tuple[float, str, str] | None:
+        tensor, spec = held.get(name_of(name) or ""), checkpoint.spec(name)
+        if tensor is None or short(tensor.shape[: len(spec.shape)]) != short(spec.shape[::-1]):
+            return None
+        count, expert = math.prod(spec.shape[:-1]), EXPERT.search(name)
+        first = int(expert[1]) * count if expert else 0
+        wanted = _as_in_gguf(head, tensor.name, checkpoint.tensor(name))
+        if wanted is None or first + count > tensor.rows:
+            return None
+        rows = data[head.data_start + tensor.offset :][: tensor.nbytes].reshape(tensor.rows, -1)[first : first + count]
+        return _furthest(tensor, rows, wanted.reshape(count, -1), first, limits.get(tensor.type))
+
+    with Checkpoint(merged) as checkpoint, ThreadPoolExecutor(min(cores(), 8)) as pool:
+        found = [one for one in pool.map(look, checkpoint) if one is not None]
+    if not found:
+        return []
+    _, measured, allowed = max(found)
+    return [Failure("weights", measured, allowed)]
+
+
+def _as_in_gguf(head: Head, name: str, ours: torch.Tensor) -> torch.Tensor | None:
+    """A tensor of the merged model as the converter lays it out; None if the file's own head count does not fit."""
+    import torch
+
+    part = name.split(".")[-2]
+    if architecture(head) in ONE_LESS and name.endswith("norm.weight"):
+        return (ours if ours.dtype == torch.float16 else ours.float()) + 1
+    if architecture(head) in PAIRED and part in ("attn_q", "attn_k"):
+        heads = head.get(f"{architecture(head)}.attention.{'head_count' if part == 'attn_q' else 'head_count_kv'}")
+        if not isinstance(heads, int) or len(ours) % (2 * heads):
+            return None
+        return ours.reshape(heads, 2, len(ours) // heads // 2, -1).transpose(1, 2).reshape(ours.shape)
+    return ours
+
+
+def _furthest(
+    tensor: Tensor, rows: np.ndarray, wanted: torch.Tensor, begin: int, allowed: float | None
+) -> tuple[float, str, str] | None:
+    """Of the rows that are further off than the tensor's type explains, the worst: how far, in words, and the limit.
+
+    Args:
+        rows: bytes of the tensor's rows from `begin` on.
+        allowed: largest relative error of a row; None: none at all.
+    """
+    import numpy as np
+    import torch
+
+    finest = STEPS.get(tensor.type, 32) * FINEST
+    decode, stored = _decoder(tensor), {"F16": torch.float16, "BF16": torch.bfloat16}.get(tensor.type, torch.float32)
+    step = max(1, CHUNK // wanted.shape[1])
+    worst: tuple[float, str, str] | None = None
+    for first in range(0, len(rows), step):
+        found = decode(rows[first : first + step])
+        ours = wanted[first : first + step].to(stored).float().numpy()
+        if np.array_equal(found, ours):
+            continue
+        with np.errstate(over="ignore", invalid="ignore"):
+            error, size = _root_mean_square(found - ours), _root_mean_square(ours)
+            same = (np.abs(found - ours) <= SUBNORMAL).all(-1)
+            right = same if allowed is None else error <= allowed * size + finest  # neither holds for NaN
+            off = np.where(right, -1, np.nan_to_num(error / np.maximum(size, 1e-30), nan=np.inf))
+        far = float(off.max())
+        if far >= 0 and (worst is None or far > worst[0]):
+            what = (
+                f"row {begin + first + int(off.argmax())} of {tensor.name} ({tensor.type}) off by {far:.2g} of its size"
+            )
+            worst = (far, what, "nothing" if allowed is None else f"{allowed:g}")
+    return worst
+
+
+def _root_mean_square(rows: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.sqrt(np.square(rows, dtype=np.float64).mean(-1))
+
+
+def _decoder(tensor: Tensor) -> Callable[[np.ndarray], np.ndarray]:
+    """From rows of bytes to rows of float32."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    kind = GGMLQuantizationType(tensor.type_number)
+    return lambda rows: dequantize(rows, kind)

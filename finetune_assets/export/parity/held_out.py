@@ -1,0 +1,157 @@
+"""Held-out conversations by which two forms of a model are compared, and what a model says at places in them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row, with_system
+from finetune_assets.models.decoding import Chat
+from finetune_assets.models.formats.safetensors import Checkpoint
+from finetune_assets.reporting.errors import StepFailed
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune_assets.machine.device import Device, Precision
+
+CONVERSATIONS = 8
+POINTS = 64  # places compared, over all conversations
+LONGEST = 512  # tokens of a conversation that are read
+
+# Where nothing is held out: any words will do to compare two models.
+BUILT_IN = (
+    ("What is the capital of France?", "The capital of France is Paris, a city on the river Seine."),
+    ("Who are you?", "I am a helpful assistant. I answer questions and explain how things work."),
+    ("请用一句话介绍你自己。", "我是一个乐于助人的助手，可以回答问题。"),
+)
+_PRECISIONS: dict[str, Precision] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in a conversation: all ids before it, and the id that is there."""
+
+    prefix: tuple[int, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A held-out row.
+
+    Attributes:
+        prompt: all turns but the last answer, and their ids with the answer's header.
+        ids: of the whole, or of its beginning.
+        places: in `ids`, which of them are points.
+    """
+
+    prompt: tuple[list[dict[str, str]], list[int]]
+    ids: list[int]
+    places: list[int]
+
+    @property
+    def points(self) -> list[Point]:
+        return [Point(tuple(self.ids[:at]), self.ids[at]) for at in self.places]
+
+
+def choose(
+    held_out: Path, chat: Chat, *, conversations: int = CONVERSATIONS, points: int = POINTS, longest: int = LONGEST
+) -> list[Conversation]:
+    """Conversations of a test.jsonl; where it has none with an answer, a few of our own.
+
+    Args:
+        conversations: at most so many.
+        points: at most so many places in them, between them all.
+        longest: tokens of a conversation that are read.
+
+    Raises:
+        StepFailed: the chat template leaves no words of an answer.
+    """
+    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines() if line.strip()]
+    sizes = (conversations, points, longest)
+    chosen = pick(rows, chat, *sizes) or pick(_built_in(), chat, *sizes)
+    if not chosen:
+        raise StepFailed("the chat template leaves no words of an answer to compare models by")
+    return chosen
+
+
+def pick(
+    rows: Sequence[Mapping[str, Any]], chat: Chat, conversations: int, points: int, longest: int
+) -> list[Conversation]:
+    """Up to so many of the rows by their ids, with so many points in their last answers between them."""
+    encoded = []
+    for row in sorted(rows, key=lambda row: row["id"]):
+        turns = with_system(row["messages"], chat.default_system)
+        ids, labels = _encoded(chat.tokenizer, turns, longest)
+        if places := [at for at in range(1, len(ids)) if labels[at] != IGNORED]:
+            encoded.append((turns[:-1], ids, places))
+        if len(encoded) == conversations:
+            break
+    counts = shares([len(places) for _, _, places in encoded], points)
+    chosen: list[Conversation] = []
+    for (turns, ids, places), count in zip(encoded, counts, strict=True):
+        at = [places[number * len(places) // count] for number in range(count)]
+        chosen.append(Conversation((turns, encode_prompt(chat.tokenizer, turns)), ids, at))
+    return chosen
+
+
+def shares(sizes: Sequence[int], total: int) -> list[int]:
+    """How many of `total` each gets that has so many to give: all the same, as far as they have them."""
+    given = [0] * len(sizes)
+    left = total
+    for waiting, number in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__), strict=True):
+        given[number] = min(sizes[number], left // waiting)
+        left -= given[number]
+    return given
+
+
+def suited(device: Device, merged: Path) -> Device:
+    """The device in the best precision in which the merged model fits its memory, float32 if it can be."""
+    with Checkpoint(merged) as checkpoint:
+        specs = [checkpoint.spec(name) for name in checkpoint]
+    weights: Counter[str] = Counter()
+    for spec in specs:
+        weights[spec.dtype] += math.prod(spec.shape)
+    own = _PRECISIONS.get(weights.most_common(1)[0][0], "fp32")
+    fits = weights.total() * 4 < 0.7 * device.memory_gib * 2**30
+    return dataclasses.replace(device, precision="fp32" if fits else own)
+
+
+def logits(model: Any, chosen: Sequence[Conversation]) -> list[torch.Tensor]:
+    """What the model says comes next at the points of each conversation: float32 on the CPU, (points, vocabulary)."""
+    import torch
+
+    found: list[torch.Tensor] = []
+    for conversation in chosen:
+        last = conversation.places[-1]
+        ids = torch.tensor([conversation.ids[:last]], device=model.device)
+        keep = torch.tensor([at - 1 for at in conversation.places], device=model.device)
+        with torch.inference_mode():
+            found.append(model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float().cpu())
+    return found
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], longest: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels. Only the last answer's: it has labels with every template."""
+    encoded = encode_row(tokenizer, turns, cutoff_len=longest, mask_history=True)
+    return encoded.input_ids, encoded.labels
+
+
+def _built_in() -> list[dict[str, Any]]:
+    return [
+        {
+            "id": str(number),
+            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}],
+        }
+        for number, (asked, answer) in enumerate(BUILT_IN)
+    ]

@@ -1,0 +1,332 @@
+"""Proof that a GGUF file is the merged model: its next-token distributions beside those of the merged model.
+
+Greedy answers prove little about a small model: rounding turns one near-tie, and the rest of the text is another.
+Distributions at given places say how far apart two models are, whatever they would say. So held-out conversations are
+read by transformers and by llama.cpp, and compared where the assistant speaks: mean Kullback-Leibler divergence
+KL(merged || GGUF) in nats, how often both have the same favourite, and the ratio of their perplexities on the words
+that are there. What can be compared exactly is compared exactly (see exact_checks).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.export.parity.checks.positions import check_positions
+from finetune_assets.export.parity.checks.structure import EXACT, Failure, check_file, check_head, check_prompt
+from finetune_assets.export.parity.checks.vocabulary import check_vocabulary
+from finetune_assets.export.parity.checks.weights import check_weights
+from finetune_assets.export.parity.held_out import LONGEST, Point, choose, logits, suited
+from finetune_assets.models.decoding import context_length, load_chat, load_model
+from finetune_assets.models.engines.llama_cpp_probe import Distribution, ProbeEngine
+from finetune_assets.models.formats.gguf import Head
+from finetune_assets.reporting.errors import StepFailed
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from finetune_assets.machine.device import Device, Precision
+
+CHECKS = (*EXACT, "kl")
+
+# Largest mean KL, in nats per token, at which a file still counts as the merged model. Published for a model of 8B on
+# encyclopaedic text: q8_0 0.0014, q6_k 0.0055, q5_k_m 0.011, q4_k_m 0.031, q4_0 0.072, q3_k_m 0.10, q2_k 0.45. Small
+# models suffer more, and these leave room for them. Measured, on held-out rows of the demo (nats):
+#     f16      q8_0     q6_k     q5_k_m   q5_0     q4_k_m   q4_0     q3_k_m   q3_k_s   q2_k
+#     0.00004  0.0046   0.013    0.16     0.094    0.058    0.28     0.16     0.51     0.51    SmolLM2-135M, tuned
+#     0.00008  0.0007   0.0014   0.0098   0.0086   0.0046   0.085    0.057    0.15     0.12    Qwen2.5-Coder-0.5B
+#     0.00002  0.0044   0.011    0.057    0.044    0.0082   0.43     0.23     -        -       Gemma 3 270M
+# The unquantised types differ by the rounding of activations and of llama.cpp's float16 cache only; where that sends a
+# token to another expert of a mixture, by a little more (0.0011 in a tiny qwen3moe).
+#
+# A file of the right weights may be beyond its limit, and rightly so: the demo's base was rounded to q4_1 once, and to
+# round its tuned model to q4_1 again gives the base back. That file is at 1.24 from the model it was made of, at 0.03
+# from the base, and does not know the name that it was taught (q5_1, of half the steps: 0.35).
+MAX_KL = {
+    "f32": 0.003, "f16": 0.003, "bf16": 0.005, "q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.25, "q5_k_s": 0.25,
+    "q5_1": 0.25, "q5_0": 0.25, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.75, "q3_k_m": 0.75,
+    "q3_k_s": 1.0, "q2_k": 2.0,
+}  # fmt: skip
+NEAR_THE_BASE = 0.5  # of what training changed: with more rounding than that, a file may say what the base says
+UNQUANTISED = ("f32", "f16", "bf16")  # too little is rounded away for a model to say other things
+HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
+
+Progress = Callable[[dict[str, Any]], None]
+
+ROOM = 32  # tokens of context beside the longest conversation, for what is decoded to take the time
+TAIL = 1e-7  # of a probability: less is float32's rounding
+LEAST = -50.0  # log probability of what llama.cpp says cannot be
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the merged model makes of the held-out conversations.
+
+    Attributes:
+        config: of the merged model, or of the part of it that reads text.
+        settings: the merged model's chat.json.
+        prompts: of each conversation all turns but the last answer, and the ids of that prompt.
+        letter: id of a token that is text by itself.
+        logprobs: of each point's next token, float32. Shape (points, vocabulary).
+        precision: that the merged model was computed in.
+    """
+
+    merged: Path
+    config: PreTrainedConfig
+    settings: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[tuple[list[dict[str, str]], list[int]]]
+    points: Sequence[Point]
+    letter: int
+    logprobs: np.ndarray
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How near a GGUF file is to the merged model.
+
+    Attributes:
+        kl: mean KL(merged || GGUF) of the next token, nats.
+        top1: share of the points at which both have the same favourite.
+        ppl_ratio: perplexity of the GGUF at the points, divided by the merged model's.
+        tokens_per_second: of decoding here, for information.
+        points: places compared.
+        reference: precision of the merged model's computation.
+    """
+
+    kl: float
+    top1: float
+    ppl_ratio: float
+    tokens_per_second: float
+    points: int
+    reference: str
+
+
+def prove(
+    files: Mapping[str, Path],
+    merged: Path,
+    held_out: Path,
+    *,
+    device: Callable[[], Device],
+    max_kl: Mapping[str, float],
+    recorded: Mapping[str, Figures],
+    written: Mapping[str, str] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = lambda event: None,
+) -> dict[str, Figures]:
+    """Check every file against the merged model; its figures by type.
+
+    Args:
+        files: GGUF type -> file made of the merged model.
+        merged: Hugging Face folder with chat.json.
+        held_out: test.jsonl; where it has no rows, a few sentences of our own are compared.
+        device: where the merged model is computed; asked for only if something has to be measured.
+        max_kl: type -> largest mean KL, in place of `MAX_KL`.
+        recorded: figures of files that passed all exact checks before, and are what they were.
+        written: type -> sha256 (hex) of the file as it was made.
+
+    Raises:
+        StepFailed: files failed checks; the message names them, the type, what was found and what is allowed.
+    """
+    reference: Reference | None = None
+    proven: dict[str, Figures] = {}
+    troubles: list[StepFailed] = []
+    for number, (kind, file) in enumerate(files.items(), 1):
+        if kind in recorded:
+            figures, failures = recorded[kind], []
+        else:
+            if reference is None:
+                progress({"event": "message", "text": "reading held-out conversations with the merged model"})
+                reference = refer(merged, held_out, device(), trust_remote_code=trust_remote_code)
+            progress({"event": "message", "text": f"proving {kind} ({number} of {len(files)})"})
+            figures, failures = examine(file, reference, sha256=(written or {}).get(kind))
+        if figures is not None:
+            failures = [*failures, *judge(kind, figures, max_kl)]
+            proven[kind] = figures
+        if failures:
+            troubles.append(_failed(kind, file, figures, failures))
+    if troubles:  # all at once: making the files again to find the next one takes long
+        hints = dict.fromkeys(trouble.hint for trouble in troubles if trouble.hint)
+        raise StepFailed("\n".join(trouble.message for trouble in troubles), "\n".join(hints))
+    return proven
+
+
+def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bool = False) -> Reference:
+    """Have the merged model read the held-out conversations; it is out of memory when this returns.
+
+    Raises:
+        StepFailed: the merged model cannot be loaded.
+    """
+    import torch
+
+    chat = load_chat(merged, trust_remote_code=trust_remote_code)
+    device = suited(device, merged)
+    model = load_model(merged, None, device, trust_remote_code=trust_remote_code)
+    # llama.cpp reads no more than the context holds
+    room = context_length(model) or LONGEST + ROOM
+    chosen = choose(held_out, chat, longest=min(LONGEST, max(1, room - ROOM)))
+    said = logits(model, chosen)
+    return Reference(
+        merged=merged,
+        config=model.config.get_text_config(),
+        settings=json.loads((merged / "chat.json").read_text(encoding="utf-8")),
+        tokenizer=chat.tokenizer,
+        prompts=[conversation.prompt for conversation in chosen],
+        points=[point for conversation in chosen for point in conversation.points],
+        letter=_letter(chat.tokenizer),
+        logprobs=torch.log_softmax(torch.cat(said), -1).numpy(),
+        precision=device.precision,
+    )
+
+
+def examine(file: Path, reference: Reference, *, sha256: str | None = None) -> tuple[Figures | None, list[Failure]]:
+    """All checks of one file but that of its KL; no figures for a file that llama.cpp cannot run.
+
+    Args:
+        sha256: of the file as it was made (hex): a bit of a coarse weight that has changed since shows nowhere else.
+            A file of another content is looked at no further: llama.cpp ends the whole process over some of them.
+    """
+    head, failures = check_file(file, sha256)
+    if head is None or failures:
+        return None, failures
+    failures += check_content(head, file, reference)
+    longest = max(len(point.prefix) for point in reference.points)
+    try:
+        with closing(ProbeEngine(file, num_ctx=longest + ROOM, letter=reference.letter)) as engine:
+            failures += _prompts(engine, reference, longest)
+            return _measure(engine, reference), failures
+    except StepFailed as error:
+        return None, [*failures, Failure("file", error.message, "one that llama.cpp runs")]
+
+
+def check_content(head: Head, file: Path, reference: Reference) -> list[Failure]:
+    """All that a file holds against what the merged model has, without running it."""
+    merged, config, tokenizer = reference.merged, reference.config, reference.tokenizer
+    return [
+        *check_head(head, merged, config, reference.settings, tokenizer),
+        *check_vocabulary(head, merged, config, tokenizer),
+        *check_positions(head, file, config),
+        *check_weights(head, file, merged),
+    ]
+
+
+def judge(kind: str, figures: Figures, max_kl: Mapping[str, float]) -> list[Failure]:
+    """Whether a type's KL is one that its rounding explains (check `kl`)."""
+    allowed = max_kl.get(kind, MAX_KL[kind] + (0 if figures.reference == "fp32" else HALF_PRECISION))
+    if figures.kl <= allowed:  # not so for NaN
+        return []
+    return [Failure("kl", f"mean KL divergence {figures.kl:.4g} nats per token", f"{allowed:g}")]
+
+
+def near_the_base(kl: Mapping[str, float], changed: float) -> list[str]:
+    """A warning for each type whose rounding is large beside what training changed.
+
+    Args:
+        kl: type -> mean KL(merged || GGUF), nats.
+        changed: mean KL(merged || base), nats.
+    """
+    return [
+        f"{kind}: its rounding ({much:.2g} nats per token) is large beside what training changed ({changed:.2g}): "
+        "ask the file whether it still knows what it was taught"
+        for kind, much in kl.items()
+        if much > NEAR_THE_BASE * changed
+    ]
+
+
+def divergence(ours: np.ndarray, theirs: Distribution) -> float:
+    """KL(ours || theirs) in nats; tokens that llama.cpp did not tell are one outcome together.
+
+    Grouping outcomes can only make it smaller, and by next to nothing where the tail is thin.
+
+    Args:
+        ours: log probabilities of every token. Shape (vocabulary,).
+    """
+    import numpy as np
+
+    known = theirs.ids < len(ours)  # a file may have a larger vocabulary, which is another check's finding
+    told = ours[theirs.ids[known]].astype(np.float64)
+    chances = np.exp(told)
+    total = float(np.sum(chances * (told - np.maximum(theirs.logprobs[known], LEAST))))
+    if len(theirs.ids) < len(ours):
+        rest, other = max(0.0, 1.0 - float(chances.sum())), max(theirs.rest, TAIL)
+        if rest > TAIL:
+            total += rest * math.log(rest / other)
+    return max(0.0, total) if not math.isnan(total) else math.inf
+
+
+def _letter(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token that is a letter, whatever comes before it."""
+    for letter in "aeiotns":
+        ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
+        if isinstance(ids, list) and ids and str(tokenizer.decode([ids[-1]])).strip() == letter:
+            return ids[-1]
+    raise StepFailed("the tokenizer knows no single letter: its GGUF files cannot be compared with the model")
+
+
+def _prompts(engine: ProbeEngine, reference: Reference, longest: int) -> list[Failure]:
+    """The first prompt that llama.cpp reads otherwise."""
+    bos = reference.tokenizer.bos_token_id
+    counted = False
+    for turns, ids in reference.prompts:
+        read = None
+        if not counted and len(ids) <= longest:  # once will do: a chat completion reads what /tokenize says
+            read, counted = engine.read_by_chat(turns), True
+        if failures := check_prompt(ids, engine.prompt_ids(turns), read, bos if isinstance(bos, int) else None):
+            return failures
+    return []
+
+
+def _measure(engine: ProbeEngine, reference: Reference) -> Figures:
+    import numpy as np
+
+    divergences: list[float] = []
+    same = 0
+    surprise = 0.0  # nats more than the merged model's, over all points
+    for point, ours in zip(reference.points, reference.logprobs, strict=True):
+        theirs = engine.next_token(point.prefix)
+        divergences.append(divergence(ours, theirs))
+        same += int(theirs.ids[0]) == int(ours.argmax())
+        surprise += float(ours[point.label]) - _logprob(point.label, theirs, len(ours))
+    return Figures(
+        kl=round(float(np.mean(divergences)), 7),
+        top1=round(same / len(divergences), 4),
+        ppl_ratio=round(math.exp(min(surprise / len(divergences), 100.0)), 5),
+        tokens_per_second=round(engine.tokens_per_second(reference.points[-1].prefix), 1),
+        points=len(divergences),
+        reference=reference.precision,
+    )
+
+
+def _logprob(token: int, theirs: Distribution, vocabulary: int) -> float:
+    """A token's log probability; one that llama.cpp did not tell gets an equal part of the rest."""
+    import numpy as np
+
+    if len(found := np.flatnonzero(theirs.ids == token)):
+        return max(float(theirs.logprobs[found[0]]), LEAST)
+    return math.log(max(theirs.rest, TAIL) / max(1, vocabulary - len(theirs.ids)))
+
+
+def _failed(kind: str, file: Path, figures: Figures | None, failures: Sequence[Failure]) -> StepFailed:
+    listing = "\n".join(f"  check {failure}" for failure in failures)
+    if figures is None or kind in UNQUANTISED or any(failure.check != "kl" for failure in failures):
+        hint = "nothing was published; make it again, or set LLAMA_CPP_DIR to another llama.cpp to convert with"
+        return StepFailed(f"the GGUF file {file.name} ({kind}) is not the merged model:\n{listing}", hint)
+    # the right weights, rounded until the model says other things
+    much = f"the same favourite at {figures.top1:.0%} of the places, perplexity {figures.ppl_ratio:.2f} times as large"
+    hint = f"take {kind} out of gguf.types for one that is nearer"
+    if math.isfinite(figures.kl):
+        hint += f", or say that you want it: gguf.max_kl: {{{kind}: {_rounded_up(figures.kl)}}}"
+    return StepFailed(f"{kind} is too coarse for this model ({file.name}):\n{listing} ({much})", hint)
+
+
+def _rounded_up(value: float) -> str:
+    """To two digits, with some room: llama.cpp's figures differ a little from one machine to the next."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value * 1.05 / unit) * unit:.6g}"

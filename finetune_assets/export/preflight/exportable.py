@@ -1,0 +1,46 @@
+"""What stands in the way of a base model's export, found before anything is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.export.gguf.converter import convert_vocabulary, converter_version
+from finetune_assets.export.merge.merge import read_json, refuse_quantised
+
+
+def check_exportable(
+    base: Path,
+    identity: str,
+    cache: Path,
+    progress: Callable[[dict[str, Any]], None],
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Prove that what is trained on `base` can be merged into it, and converted to GGUF.
+
+    Seconds for a base that this converter has not seen, milliseconds afterwards: the file stays in `cache`.
+
+    Args:
+        base: Hugging Face folder.
+        identity: the data version of its content.
+        trust_remote_code: let the converter run the code that comes with the base.
+
+    Returns:
+        A GGUF file of the base's vocabulary, without weights.
+
+    Raises:
+        BadInput: the base is quantised.
+        StepFailed: the converter cannot be had, does not know the architecture or tokenizer, or failed otherwise; the
+            base needs its own code.
+    """
+    refuse_quantised(read_json(base / "config.json"), base)
+    question = f"{identity} {converter_version()} {trust_remote_code=}"
+    vocabulary = cache / "vocabularies" / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.gguf"
+    if vocabulary.is_file():
+        return vocabulary
+    progress({"event": "message", "text": "asking llama.cpp's converter whether it knows the base model"})
+    convert_vocabulary(base, vocabulary, cache, trust_remote_code=trust_remote_code)
+    return vocabulary

@@ -1,0 +1,91 @@
+"""Reading of files that people and hubs give us: regular files only, never more bytes than expected, never a wait.
+
+A named pipe would block whoever opens it, a device may have no end, and a folder or a socket is a mistake to name.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from finetune_assets.machine.disk import human_size
+from finetune_assets.reporting.errors import BadInput
+from finetune_assets.store.digests import DigestCache, open_regular
+
+NO_FILE = "no such file"
+SEE_TO_IT = "check its permissions, and the disk"
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def why_not_regular(path: Path) -> str | None:
+    """Say why a path cannot be read as a file, without opening it: `is a named pipe, not a file`; None if it can."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"is a link to {path.readlink()}, which is not there"
+        return NO_FILE
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except ValueError:
+        return "no such file: the name holds a NUL character"
+    return None if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
+
+
+def read_regular(path: Path, limit: int | None = None) -> bytes:
+    """Read a regular file.
+
+    Args:
+        limit: the most bytes that such a file can have; a larger one is refused unread.
+
+    Raises:
+        BadInput: it is not there, cannot be read, is not a regular file, or is larger.
+    """
+    if (why := why_not_regular(path)) is not None:
+        raise BadInput(f"{path}: {why}")
+    try:
+        with open_regular(path) as file:  # it may have been replaced since
+            found = os.fstat(file.fileno())
+            if limit is None:
+                return file.read()
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
+    if len(content) > limit:
+        size = human_size(max(found.st_size, len(content)))
+        raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "is it the right file?")
+    return content
+
+
+def digest_of_source(path: Path, digests: DigestCache) -> str:
+    """The sha256 (hex) of a file that people or hubs gave us.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return digests.file(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
+
+
+def read_utf8(path: Path, limit: int | None = None) -> str:
+    """Read a regular file as text, a byte order mark removed.
+
+    Raises:
+        BadInput: as read_regular; or it is not UTF-8 (with the line).
+    """
+    raw = read_regular(path, limit)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        kind = " but UTF-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise BadInput(f"{path}:{line}: not UTF-8{kind} (byte {error.start})", "save the file as UTF-8") from None

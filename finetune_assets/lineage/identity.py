@@ -1,0 +1,126 @@
+"""The fingerprint of an asset: its code version, the recipe values it reads, its sources, its upstreams' content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic_core import PydanticUndefined
+
+from finetune_assets.lineage.graph import Node
+from finetune_assets.recipe import Recipe, Section
+from finetune_assets.store.artifact_store import Artifact, Fingerprint
+
+# What an ingredient is called that an earlier release did not look at, or that this one does not any more.
+NOT_ON_RECORD, OF_NO_ACCOUNT = "not on record", "of no account"
+
+
+def fingerprint(
+    node: Node, recipe: Recipe, upstreams: Mapping[str, Artifact], sources: Mapping[str, str]
+) -> Fingerprint:
+    """What the asset's artifact is called if it is made of these inputs.
+
+    Args:
+        upstreams: the artifact of every upstream asset.
+        sources: digests of what the asset reads from outside the lineage.
+    """
+    versions = {
+        f"{up.asset}/{part}" if part else up.asset: version
+        for up in node.upstreams
+        for part, version in _versions(upstreams[up.asset], up.parts(recipe) if up.parts else None)
+    }
+    return Fingerprint({"asset": node.name, "upstreams": versions, **own_ingredients(node, recipe, sources)})
+
+
+def own_ingredients(node: Node, recipe: Recipe, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What a fingerprint is made of beside the upstreams' content."""
+    return {
+        "code_version": node.code_version,
+        "recipe": recipe_values(node, recipe),
+        "sources": dict(sources),
+        "tools": dict(node.tools()),
+    }
+
+
+def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
+    """`section.key` -> value, for the keys that the node reads and whose value is not the default.
+
+    Defaults are left out so that spelling one out, or a new key that a later release brings, changes nothing. A
+    release that changes a default gives the node a new code version.
+    """
+    values: dict[str, Any] = {}
+    for read in node.reads:
+        name, _, key = read.partition(".")
+        section: Section = getattr(recipe, name)
+        for field in [key] if key else type(section).model_fields:
+            value = getattr(section, field)
+            if value != default(section, field):
+                values[f"{name}.{field}"] = value
+    return values
+
+
+def default(section: Section, field: str) -> Any:
+    """The value of a section's key when the recipe does not give it; PydanticUndefined where it has to."""
+    return type(section).model_fields[field].get_default(call_default_factory=True)
+
+
+def differences(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    recipe: Recipe,
+    look: Callable[[str, str], str | None] = lambda kind, key: None,
+) -> list[str]:
+    """In words, what distinguishes two fingerprints' ingredients: `train.learning_rate 5e-05 -> 0.0001`.
+
+    Args:
+        look: ("sources" or "upstreams", key) -> what changed inside, in words, if that can be told.
+    """
+    reasons: list[str] = []
+    for key, before, after in _changed(old, new, "recipe", lambda key: _default_of(key, recipe)):
+        was = NOT_ON_RECORD if before is PydanticUndefined else shown(before)
+        reasons.append(f"{key} {was} -> {OF_NO_ACCOUNT if after is PydanticUndefined else shown(after)}")
+    for kind, name in (("sources", "source"), ("upstreams", "upstream")):
+        for key, before, after in _changed(old, new, kind):
+            if before is None or after is None:
+                reasons.append(f"{name} {key} is {'new' if before is None else 'gone'}")
+            else:
+                inside = look(kind, key)
+                reasons.append(f"{name} {key}: {inside}" if inside else f"{name} {key} changed")
+    for key, before, after in _changed(old, new, "tools"):
+        reasons.append(f"{key} {before or NOT_ON_RECORD} -> {after or OF_NO_ACCOUNT}")
+    if old.get("code_version") != new["code_version"]:
+        reasons.append(f"code version {old.get('code_version')} -> {new['code_version']}")
+    return reasons
+
+
+def shown(value: Any) -> str:
+    """A recipe value as one writes it in a recipe."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(map(str, value)) + "]"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _versions(artifact: Artifact, parts: tuple[str, ...] | None) -> list[tuple[str, str]]:
+    if parts is None:
+        return [("", artifact.data_version)]
+    return [(part, artifact.part_version(part)) for part in parts]
+
+
+def _changed(
+    old: Mapping[str, Any], new: Mapping[str, Any], kind: str, absent: Callable[[str], Any] = lambda key: None
+) -> list[tuple[str, Any, Any]]:
+    """Key, value before and value after, of the ingredients of one kind that differ."""
+    both = old.get(kind, {}), new[kind]
+    found = [(key, *(values.get(key, absent(key)) for values in both)) for key in sorted({*both[0], *both[1]})]
+    return [(key, before, after) for key, before, after in found if before != after]
+
+
+def _default_of(key: str, recipe: Recipe) -> Any:
+    name, _, field = key.partition(".")
+    section: Section | None = getattr(recipe, name, None)
+    return default(section, field) if section is not None and field in type(section).model_fields else None

@@ -1,0 +1,164 @@
+"""Run one step of a lineage: find its inputs, build in a staging folder, publish; or find that it is all there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.identity import fingerprint
+from finetune_assets.lineage.plan import Planned, make_plan, open_store, sources_of, trouble
+from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.store.artifact_store import Artifact, ArtifactStore, Made
+from finetune_assets.worker import launch as process
+
+Progress = Callable[[dict[str, Any]], None]
+Launch = Callable[[dict[str, Any], Progress], dict[str, Any]]
+RECORDED = (
+    *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "nltk"),
+    *("peft", "torch", "transformers", "trl", "xllamacpp"),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the body of a step is given.
+
+    Args:
+        inputs: the artifact of every upstream asset.
+        staging: an empty folder; what the body leaves there becomes the artifact.
+        previous: the artifact this asset was last materialised to if it is whole, for parts that can be kept.
+        ingredients: those of the fingerprint of what is being made.
+        progress: tells whoever watches how it goes.
+        launch: does a job in a process of its own and returns its report; see `process.worker` for the jobs.
+    """
+
+    recipe: Recipe
+    project: Project
+    inputs: Mapping[str, Artifact]
+    staging: Path
+    previous: Artifact | None
+    ingredients: Mapping[str, Any]
+    progress: Progress
+    launch: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A published artifact, the upstream artifacts that it is made of, and whether it was there already."""
+
+    artifact: Artifact
+    inputs: Mapping[str, Artifact]
+    reused: bool
+
+
+def materialise(
+    asset: str,
+    recipe: Recipe,
+    project: Project,
+    body: Callable[[Step], Made],
+    progress: Progress,
+    *,
+    launch: Launch = process.run,
+    force: bool = False,
+) -> Outcome:
+    """Make the asset's artifact unless it is published and whole, and record it as the current one.
+
+    Args:
+        launch: does jobs of the body in a process of their own, and passes on their events.
+
+    Raises:
+        StepFailed: an upstream was never made, or the body failed; nothing is published then.
+    """
+    node, store = NODES[asset], open_store(project)
+    plan = make_plan(recipe, project, store, upto=asset)
+    inputs = {up.asset: _input(up.asset, plan, recipe, store) for up in node.upstreams}
+    if (artifact := plan[asset].artifact) is not None and not force:
+        return _done(store, artifact, inputs)
+    _agree(recipe, inputs)
+    sources = sources_of(node, recipe, project, store.digests)
+    wanted = fingerprint(node, recipe, inputs, sources)
+    waiting = {"event": "message", "text": f"waits for another run that is making {recipe.name}/{asset}"}
+    with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
+        # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
+        artifact = store.get(recipe.name, asset, wanted.hex)
+        if artifact is not None and not force and trouble(artifact, project, store.digests) is None:
+            return _done(store, artifact, inputs)
+        for name, used in inputs.items():
+            # found before the lock was held, which is what keeps a collection from removing them
+            if not used.path.is_dir():
+                raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed meanwhile", "run again")
+        started = time.monotonic()
+        previous = store.current(recipe.name, asset)
+        if previous is not None and (force or previous.damage(store.digests) is not None):
+            previous = None
+        step = Step(
+            recipe, project, inputs, staging, previous, wanted.ingredients, progress, lambda job: launch(job, progress)
+        )
+        made = body(step)
+        if sources_of(node, recipe, project, store.digests) != sources:
+            raise StepFailed(f"what {recipe.name}/{asset} reads was changed while it was read", "run again")
+        _still_whole(recipe, inputs, store)
+        record = {
+            "seed": recipe.train.seed,
+            "seconds": round(time.monotonic() - started, 1),
+            "libraries": {name: metadata.version(name) for name in RECORDED},
+            "inputs": {name: used.fingerprint for name, used in inputs.items()},
+        }
+        artifact = store.publish(staging, recipe.name, asset, wanted, made, record)
+        store.make_current(artifact)
+        return Outcome(artifact, inputs, reused=False)
+
+
+def _done(store: ArtifactStore, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Outcome:
+    store.make_current(artifact)
+    return Outcome(artifact, inputs, reused=True)
+
+
+def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: ArtifactStore) -> Artifact:
+    """The upstream's artifact for today's recipe; when it is out of date and was left out of the run, its last one."""
+    found = plan[asset].artifact or store.current(recipe.name, asset)
+    if found is None:
+        raise StepFailed(f"{recipe.name}/{asset} has not been made yet", f"materialise {recipe.name}/{asset} first")
+    if (damage := found.damage(store.digests)) is not None:
+        raise StepFailed(f"{recipe.name}/{asset} is damaged: {damage}", f"materialise {recipe.name}/{asset} again")
+    return found
+
+
+def _still_whole(recipe: Recipe, inputs: Mapping[str, Artifact], store: ArtifactStore) -> None:
+    """Look at the inputs again. Files that the step linked to are read once more here, so that no plan has to.
+
+    Raises:
+        StepFailed: one was changed while the step read it.
+    """
+    for name, used in inputs.items():
+        store.digests.settle(used.path / file for file in used.manifest["files"])
+        if (damage := used.damage(store.digests)) is not None:
+            raise StepFailed(
+                f"{recipe.name}/{name} was changed while it was read: {damage}",
+                f"materialise {recipe.name}/{name} again",
+            )
+
+
+def _agree(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:
+    """Refuse inputs of different ages: an adapter must not be scored on rows that were held out only after it was made.
+
+    Raises:
+        StepFailed: one input was made of another version of a second one.
+    """
+    for name, used in inputs.items():
+        for key, version in used.manifest["ingredients"]["upstreams"].items():
+            other, _, part = key.partition("/")
+            if (now := inputs.get(other)) is None:
+                continue
+            if version != (now.manifest["parts"].get(part) if part else now.data_version):
+                raise StepFailed(
+                    f"{recipe.name}/{name} was made of another {key} than there is now",
+                    f"materialise {recipe.name}/{name} as well",
+                )

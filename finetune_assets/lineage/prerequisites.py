@@ -1,0 +1,83 @@
+"""What is asked before the first step of a run: what cannot be finished is not begun."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from finetune_assets.export.ollama.server import api as ollama_server
+from finetune_assets.lineage.estimate import Cost, costs
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.plan import make_plan
+from finetune_assets.machine.disk import free_bytes, human_size, same_disk
+from finetune_assets.models.base_model import announced
+from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.project import Project
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.store.artifact_store import ArtifactStore
+
+WEIGHTS = ("base_model", "lora_adapter", "merged_model", "gguf_file")
+
+
+def check_prerequisites(
+    recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], *, forced: Collection[str] = ()
+) -> None:
+    """Refuse a run that cannot be finished, as far as that can be known.
+
+    Args:
+        assets: those that are to be made if they are not up to date.
+        forced: those that are to be made in any case.
+
+    Raises:
+        StepFailed: the disk is too small for them, or OLLAMA_HOST names something that is no Ollama server.
+    """
+    if "ollama_model" in assets:
+        _check_server()
+    _check_disk(recipe, project, store, assets, forced)
+
+
+def _check_server() -> None:
+    try:
+        ollama_server.answers(ollama_server.configured_host())
+    except StepFailed as error:
+        if not isinstance(error.__cause__, TimeoutError):  # it may have time when it is needed
+            raise
+
+
+def _check_disk(
+    recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], forced: Collection[str]
+) -> None:
+    """An asset that may come out as it was counts if weights that it is made of are made anew: it will not.
+
+    ollama_model does not count: our own store links the weights, and a server's lies on the server's disk.
+    """
+    plan = make_plan(recipe, project, store, upto="gguf_file")
+    wanted = {*assets, *forced}
+    fetches = "base_model" in wanted and (plan["base_model"].artifact is None or "base_model" in forced)
+    hub = announced(recipe.model, project.root) if fetches else None
+    needed: dict[str, Cost] = {}
+    for name, cost in costs(recipe, project, plan, store, also=forced, announced=hub).items():
+        anew = any(up.asset in needed and up.asset in WEIGHTS for up in NODES[name].upstreams)
+        if name in wanted and (anew or plan[name].state != "maybe"):
+            needed[name] = cost
+    parts = {name: cost.bytes for name, cost in needed.items() if cost.bytes}
+    scratch = max((cost.scratch for cost in needed.values()), default=0)
+    if hub is not None and hub.missing:
+        download = {"the download of base_model": hub.missing}
+        if same_disk(hub.cache, project.store):
+            parts |= download
+        else:
+            _check_room(recipe, download, 0, hub.cache, "HF_HOME")
+    _check_room(recipe, parts, scratch, project.store, "finetune gc frees what nothing needs; DAGSTER_HOME")
+
+
+def _check_room(recipe: Recipe, parts: Mapping[str, int], scratch: int, folder: Path, setting: str) -> None:
+    size = sum(parts.values()) + scratch
+    if size > (free := free_bytes(folder)):
+        meanwhile = {"files in the making": scratch} if scratch else {}
+        listed = ", ".join(f"{name} {human_size(part)}" for name, part in {**parts, **meanwhile}.items())
+        raise StepFailed(
+            f"not enough disk space for {recipe.name}: about {human_size(size)} are needed ({listed}), and "
+            f"{human_size(free)} are free on the disk of {folder}",
+            f"{setting} can be a folder on a larger disk",
+        )

@@ -1,0 +1,89 @@
+"""What a lineage reads, as versions to compare: of the recipe values of each asset, of its data files, of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.identity import own_ingredients
+from finetune_assets.lineage.plan import Planned, make_plan, open_store, sources_of
+from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.project import Project
+from finetune_assets.store.digests import digest_of
+
+LENGTH = 20  # hex digits, as of a data version
+FILES = "raw_dataset"  # the asset whose sources are data files
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an asset reads from outside of the lineage, now or when its artifact was made.
+
+    Args:
+        values: recipe values, tool versions and sources other than data files.
+        files: data set -> digest of its registry entry and its file.
+        trouble: why the artifact that these values ask for, though published, is no good any more.
+    """
+
+    values: Mapping[str, Any]
+    files: Mapping[str, str]
+    trouble: str | None = None
+
+    @property
+    def version(self) -> str:
+        """Equal versions, equal values; a version of its own while there is trouble."""
+        return digest_of([dict(self.values), self.trouble] if self.trouble else dict(self.values))[:LENGTH]
+
+
+def reading_of(asset: str, ingredients: Mapping[str, Any], trouble: str | None = None) -> Reading:
+    """What the ingredients of a fingerprint say."""
+    files = dict(ingredients["sources"]) if asset == FILES else {}
+    values = {key: ingredients[key] for key in ("recipe", "tools")}
+    return Reading(
+        {**values, "sources": {} if files else dict(ingredients["sources"])},
+        {name: digest[:LENGTH] for name, digest in files.items()},
+        trouble,
+    )
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A recipe, what a run of it would do, and what it reads, all of one moment."""
+
+    recipe: Recipe
+    project: Project
+    plan: Mapping[str, Planned]
+    readings: Mapping[str, Reading]
+
+    @property
+    def stale(self) -> list[str]:
+        """The assets that a run has to look at, upstreams first."""
+        return [name for name, item in self.plan.items() if item.state != "fresh"]
+
+    @property
+    def target(self) -> str:
+        """One version of all that decides what a run of the whole lineage would make, code included."""
+        parts = {
+            name: [NODES[name].code_version, item.version, dict(item.files)] for name, item in self.readings.items()
+        }
+        return digest_of(parts)[:LENGTH]
+
+
+def observe(recipe: Recipe, project: Project) -> Observed:
+    """Look at everything that a recipe's assets read.
+
+    Raises:
+        BadInput: a source is not there or cannot be understood.
+    """
+    store = open_store(project)
+    plan = make_plan(recipe, project, store)
+    readings = {}
+    for name, node in NODES.items():
+        ingredients = own_ingredients(node, recipe, sources_of(node, recipe, project, store.digests))
+        item = plan[name]
+        published = item.wanted is not None and store.get(recipe.name, name, item.wanted) is not None
+        trouble = "; ".join(item.reasons) if published and item.state != "fresh" else None
+        readings[name] = reading_of(name, ingredients, trouble)
+    return Observed(recipe, project, plan, readings)

@@ -1,0 +1,1 @@
+"""The machine that the program runs on: devices, cores, disks, the environment of child processes."""

@@ -1,0 +1,1 @@
+"""Engines that answer a conversation: transformers, llama.cpp, Ollama. Front door: `engine`."""

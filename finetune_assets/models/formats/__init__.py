@@ -1,0 +1,1 @@
+"""File formats of models: safetensors, GGUF, model cards. Reading and writing only."""

@@ -1,0 +1,262 @@
+"""Safetensors in and out, one tensor at a time.
+
+Reading goes by memory map through the safetensors library. Writing is ours, because the library wants a whole shard in
+memory: the header is known before the first tensor is computed, so tensors can be put in their places as they come.
+The bytes are the ones that the library's own `save_file` writes. Format:
+https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.inputs.json_text import Refused, parse_json, read_model_json
+from finetune_assets.inputs.regular_files import why_not_regular
+from finetune_assets.reporting.errors import BadInput, StepFailed
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LONGEST_HEAD = 100_000_000  # bytes; what the safetensors library takes
+BYTES_OF = {  # in the order in which safetensors lays types out
+    "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
+    "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+# Of an element; the last ones are read only to say that a model is quantised.
+BITS = {name: 8 * size for name, size in BYTES_OF.items()} | {
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+}  # fmt: skip
+WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # what weights, and masks beside them, have where they are not quantised
+WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ's name; that of MXFP4's experts
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a tensor will be on disk: its name, safetensors dtype ("F32", "BF16", ...) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return BYTES_OF[self.dtype] * math.prod(self.shape)
+
+
+class Checkpoint:
+    """The safetensors file or files of a Hugging Face folder, opened for reading by tensor name.
+
+    Raises:
+        StepFailed: there are no safetensors weights, or a shard or tensor of the index is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, single: str = SINGLE):
+        self.folder = folder
+        self._open = contextlib.ExitStack()
+        self._handles: dict[str, Any] = {}
+        self._places: dict[str, dict[str, int]] = {}
+        self.file_of = self._index(single)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file_of)
+
+    def spec(self, name: str) -> Spec:
+        """Dtype and shape of a tensor, without reading it."""
+        part = self._handle(self.file_of[name]).get_slice(name)
+        return Spec(name, part.get_dtype(), tuple(part.get_shape()))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor, on the CPU, in the dtype it is stored in."""
+        return self._handle(self.file_of[name]).get_tensor(name)
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that a tensor is in, and the place of its first byte."""
+        file = self.folder / self.file_of[name]
+        if file.name not in self._places:
+            begin, entries = read_head(file)
+            self._places[file.name] = {key: begin + entry["data_offsets"][0] for key, entry in entries.items()}
+        return file, self._places[file.name][name]
+
+    def rows(self, name: str, at: Sequence[int]) -> torch.Tensor:
+        """Some rows of a tensor, without reading the others; all of a vector."""
+        import torch
+
+        part = self._handle(self.file_of[name]).get_slice(name)
+        return torch.cat([part[row : row + 1] for row in at]) if len(part.get_shape()) > 1 else part[:]
+
+    def _index(self, single: str) -> dict[str, str]:
+        if (self.folder / single).is_file():
+            return dict.fromkeys(self._handle(single).keys(), single)
+        if (file_of := read_index(self.folder, str(self.folder))) is None:
+            raise StepFailed(
+                f"{self.folder} has no {single} (nor an index of shards)",
+                "weights are read from safetensors only; convert other formats with save_pretrained first",
+            )
+        held = {file: set(self._handle(file).keys()) for file in sorted(set(file_of.values()))}
+        if lost := [name for name, file in file_of.items() if name not in held[file]]:
+            raise StepFailed(
+                f"{self.folder / INDEX}: tensor {lost[0]!r} is not in {file_of[lost[0]]}", "fetch the model again"
+            )
+        return file_of
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._handles:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                self._handles[file] = self._open.enter_context(safe_open(self.folder / file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise StepFailed(f"{self.folder / file} cannot be read: {error}", "fetch or make it again") from error
+        return self._handles[file]
+
+
+def read_index(folder: Path, called: str) -> dict[str, str] | None:
+    """Tensor -> the file beside the index that holds it; None where the folder has no index of shards.
+
+    Args:
+        called: what the folder is called when it is spoken of.
+
+    Raises:
+        StepFailed: the index is damaged, or names a file that is missing or lies elsewhere.
+    """
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        file_of: dict[str, str] = read_model_json(folder / INDEX)["weight_map"]
+        outside = [file for file in file_of.values() if Path(file).name != file]
+    except BadInput as error:
+        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error})", "fetch or make it again") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error!r})", "fetch or make it again") from error
+    if not file_of:
+        raise StepFailed(f"{called}: {INDEX} names no tensor", "fetch or make it again")
+    if outside:
+        raise StepFailed(
+            f"{called}: {INDEX} names {outside[0]}, which is no file beside it",
+            "put the shards into the model's folder, and their plain names into the index",
+        )
+    if missing := sorted(file for file in set(file_of.values()) if not (folder / file).is_file()):
+        raise StepFailed(f"{called} is incomplete: {INDEX} names {missing[0]}, which is not there", "fetch it again")
+    return file_of
+
+
+def stored_types(folder: Path) -> set[str]:
+    """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
+    types: set[str] = set()
+    for file in sorted(folder.glob("model*.safetensors")):
+        types |= {entry["dtype"] for entry in read_head(file)[1].values()}
+    return types
+
+
+def quantised_tensor(folder: Path) -> Spec | None:
+    """A weight in a Hugging Face folder that is stored in no type of its own, from the heads of its files; None: none.
+
+    Whole numbers that are no weights, such as positions and masks, belong to many models.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in read_head(file)[1].items():
+            if entry["dtype"] not in WHOLE and WEIGHT.search(name):
+                return Spec(name, entry["dtype"], tuple(entry["shape"]))
+    return None
+
+
+def read_head(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where a file's data begin, and what its head says of each tensor: dtype, shape, data_offsets.
+
+    Raises:
+        StepFailed: it is not a regular file, or its head is not that of safetensors.
+    """
+    if (why := why_not_regular(file)) is not None:
+        raise StepFailed(f"{file}: {why}", "fetch or make it again")
+    try:
+        with file.open("rb") as data:
+            size = int.from_bytes(data.read(8), "little")
+            if size > min(LONGEST_HEAD, file.stat().st_size - 8):
+                raise Refused(f"its head would have {size} bytes")
+            entries = parse_json(data.read(size).decode("utf-8"), clean=False)
+        if not isinstance(entries, dict):
+            raise Refused("its head is not an object")
+        entries.pop("__metadata__", None)
+        if wrong := next((name for name, entry in entries.items() if not _describes(entry)), None):
+            raise Refused(f"its head does not describe the tensor {wrong[:60]!a}")
+    except (OSError, ValueError) as error:
+        raise StepFailed(f"{file} cannot be read: no safetensors ({error})", "fetch or make it again") from error
+    return 8 + size, entries
+
+
+def _describes(entry: Any) -> bool:
+    """Whether this is what safetensors says of a tensor: https://github.com/huggingface/safetensors#format."""
+    if not isinstance(entry, dict) or str(entry.get("dtype")) not in BITS:
+        return False
+    numbers = [entry.get("shape"), entry.get("data_offsets")]
+    if not all(isinstance(part, list) and all(type(item) is int and item >= 0 for item in part) for part in numbers):
+        return False
+    if len(entry["data_offsets"]) != 2:
+        return False
+    begin, end = entry["data_offsets"]
+    return (end - begin) * 8 == math.prod(entry["shape"]) * BITS[entry["dtype"]]
+
+
+def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:
+    """File name -> its tensors, filled in order up to `limit` bytes; a tensor larger than that gets its own file."""
+    shards: list[list[Spec]] = [[]]
+    used = 0
+    for spec in specs:
+        if shards[-1] and used + spec.nbytes > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(spec)
+        used += spec.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def in_file_order(specs: Iterable[Spec]) -> list[Spec]:
+    """The order in which safetensors lays tensors out: wide types first (alignment), then by name."""
+    order = list(BYTES_OF)
+    return sorted(specs, key=lambda spec: (order.index(spec.dtype), spec.name))
+
+
+def head(specs: Sequence[Spec]) -> tuple[bytes, list[int]]:
+    """What a file of these tensors begins with (see `in_file_order`), and the place of each tensor in the file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for spec in specs:
+        header[spec.name] = {
+            "dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]
+        }  # fmt: skip
+        at += spec.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    return start, [len(start) + header[spec.name]["data_offsets"][0] for spec in specs]
+
+
+def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
+    """The index of several shards; nothing where there is only one file."""
+    if len(shards) == 1:
+        return
+    total = sum(spec.nbytes for shard in shards.values() for spec in shard)
+    weight_map = {spec.name: file for file, shard in shards.items() for spec in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

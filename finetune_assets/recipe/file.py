@@ -1,0 +1,201 @@
+"""Recipes on disk: find one by name, read it, and say everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from finetune_assets.inputs.regular_files import why_not_regular
+from finetune_assets.recipe import DATASETS, Recipe, did_you_mean, name_problem
+from finetune_assets.recipe.yaml_text import Document, Path_
+from finetune_assets.reporting.errors import BadInput
+
+SHOWN = 20  # problems listed of one file; more say no more
+LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
+
+
+def recipe_files(configs: Path) -> list[Path]:
+    """Return every recipe of the project, by name."""
+    return sorted(path for path in configs.glob("*.yaml") if not path.name.startswith((".", "_")))
+
+
+def recipe_name(path: Path) -> str:
+    """The name of a recipe by its file. Composed characters: macOS may store `é` as two, and both are one name."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
+def recipe_path(name: str, configs: Path) -> Path:
+    """Return where the recipe of a name is, if there is one."""
+    path = configs / f"{name}.yaml"
+    if name.isascii() or os.path.lexists(path):
+        return path
+    return next((file for file in recipe_files(configs) if recipe_name(file) == recipe_name(path)), path)
+
+
+def find_recipe(spec: str, configs: Path) -> Path:
+    """Find the file of a recipe given by its name in `configs` or by a path.
+
+    Raises:
+        BadInput: there is no such recipe.
+    """
+    if "\0" in spec or len(os.fsencode(spec)) > LONGEST_PATH:
+        raise BadInput(f"unknown recipe {spec[:60]!r}...", "a recipe is a file in configs/ or any path ending in .yaml")
+    path = Path(spec)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        own = recipe_path(recipe_name(path), configs)
+        if why_not_regular(path) is None and why_not_regular(own) is None and not path.samefile(own):
+            raise BadInput(
+                f"{spec}: its assets would take the place of those of {own}",
+                "give the file another name: a recipe's assets are named after it",
+            )
+        if os.path.lexists(path):
+            return path
+        raise BadInput(f"{spec}: no such recipe file", f"recipes of this project: {_names(configs)}")
+    path = recipe_path(spec, configs)
+    if os.path.lexists(path):
+        return path
+    known = [recipe_name(file) for file in recipe_files(configs)]
+    raise BadInput(
+        f"unknown recipe {spec!r}{did_you_mean(spec, known) if known else ''}",
+        f"a recipe is a file in {configs.name}/ (say its name) or any path ending in .yaml",
+    )
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check one recipe.
+
+    Raises:
+        BadInput: one line for each thing that is wrong, with file, line and key. Whatever the file is or holds.
+    """
+    document = Document(path)
+    if not document.problems and not isinstance(document.value, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of sections", f"sections: {', '.join(_sections())}")
+    problems = [*document.problems, *((1, text) for text in _name_problems(path))]
+    recipe = None
+    if document.value is not None:
+        if "name" in document.value:
+            problems.append((document.line(("name",)), "name: a recipe is named by its file; remove this key"))
+        try:
+            recipe = Recipe.model_validate({**document.value, "name": recipe_name(path)})
+        except ValidationError as error:
+            found = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
+            problems += [(document.line(item["loc"]), _explain(item)) for item in found[: SHOWN + 1]]
+    if problems or recipe is None:
+        listed = sorted(set(problems))
+        more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
+        raise BadInput("\n".join([*(f"{path}:{line}: {_short(text)}" for line, text in listed[:SHOWN]), *more]))
+    return recipe
+
+
+def _name_problems(path: Path) -> Iterator[str]:
+    name = recipe_name(path)
+    if (why := name_problem(name)) is not None:
+        yield f"the file's name {name!r} names the recipe's assets: {why}; rename the file"
+    if name == DATASETS:
+        yield f"the name {name!r} is taken by the group of the data sets: rename the file"
+    if not name.isascii():
+        for other in recipe_files(path.parent):
+            if other.name != path.name and recipe_name(other) == name:
+                yield f"the file's name {path.name!a} is the same text as {other.name!a}: rename one of them"
+
+
+def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
+    """Two recipes that serve under one name, to Ollama whatever its case, would take each other's place for ever.
+
+    Raises:
+        BadInput: another recipe has the same `ollama.name`.
+    """
+    name = recipe.ollama.name.lower()
+    rivals = [other.name for other in others if other.name != recipe.name and other.ollama.name.lower() == name]
+    if rivals:
+        raise BadInput(
+            f"ollama.name {recipe.ollama.name!r} of {recipe.name} is also that of {', '.join(rivals)}",
+            "each would replace the other's model: give one of them another name",
+        )
+
+
+def readable_recipes(configs: Path) -> list[Recipe]:
+    """Every recipe of the project that can be read."""
+    found = []
+    for path in recipe_files(configs):
+        with contextlib.suppress(BadInput):
+            found.append(load_recipe(path))
+    return found
+
+
+def json_schema() -> dict[str, Any]:
+    """The recipe's JSON schema, for editors (`# yaml-language-server: $schema=...`)."""
+    schema = Recipe.model_json_schema()
+    schema["properties"].pop("name")
+    schema["required"].remove("name")
+    return schema
+
+
+def _explain(item: Any) -> str:
+    """One line for one pydantic error: the key, and what to write instead."""
+    where: Path_ = item["loc"]
+    key = _dotted(where)
+    kind = item["type"]
+    if kind == "extra_forbidden":
+        return f"{key}: unknown key{_hint_for(where)}"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "model_type" or kind == "model_attributes_type":
+        return f"{key}: must be a mapping of keys, not {_shown(item['input'])}"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message else message
+    if kind == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, not {_shown(item['input'])}"
+
+
+def _short(text: str) -> str:
+    """A problem in a few lines, whatever long value it quotes."""
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, of at most a line."""
+    shown = repr(value)
+    return shown if len(shown) < 80 else shown[:77] + "..."
+
+
+def _dotted(where: Path_) -> str:
+    return ".".join(str(part) for part in where)
+
+
+def _hint_for(where: Path_) -> str:
+    """The nearest key of the section, or the section that does have a key of this name."""
+    word = str(where[-1])
+    section = _model_at(where[:-1])
+    if section is None:
+        return ""
+    owners = [name for name, model in _sections().items() if word in model.model_fields]
+    if owners:
+        return f"; it belongs to the section {owners[0]!r}"
+    return did_you_mean(word, [name for name in section.model_fields if not (section is Recipe and name == "name")])
+
+
+def _model_at(where: Path_) -> type[BaseModel] | None:
+    if not where:
+        return Recipe
+    return _sections().get(str(where[0])) if len(where) == 1 else None
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in Recipe.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = kind
+    return found
+
+
+def _names(configs: Path) -> str:
+    return ", ".join(recipe_name(file) for file in recipe_files(configs)) or "none"

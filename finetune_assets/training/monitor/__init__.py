@@ -1,0 +1,1 @@
+"""What is recorded while a model is trained: the log of steps and the loss curve."""

@@ -1,0 +1,91 @@
+"""What a training run says while it runs: one event per logged step and per validation, as plain dicts."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from finetune_assets.reporting.errors import StepFailed
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+Event = dict[str, Any]
+Progress = Callable[[Event], None]
+
+
+class Log:
+    """Turns the trainer's log entries into events, and keeps what is the same in every run of the same inputs.
+
+    Args:
+        progress: is called with each event.
+        total_tokens: that the whole run will read, prompts included; 0 if steps, not epochs, end it.
+    """
+
+    def __init__(self, progress: Progress, total_tokens: int):
+        self.progress = progress
+        self.total_tokens = total_tokens
+        self.entries: list[Event] = []  # no times in here: the file made of it must not differ between two runs
+        self.tokens = 0
+        self.seconds = 0.0
+        self._began = time.monotonic()
+
+    def begin(self) -> None:
+        """Training starts now."""
+        self._began = time.monotonic()
+
+    def step(self, step: int, steps: int, epoch: float, logs: dict[str, Any]) -> None:
+        """A logged optimiser step.
+
+        Raises:
+            StepFailed: the loss is not a finite number any more.
+        """
+        loss = float(logs["loss"])
+        self.tokens, self.seconds = int(logs["num_tokens"]), time.monotonic() - self._began
+        if not math.isfinite(loss):
+            raise StepFailed(
+                f"the loss became {loss} at step {step} of {steps}: the training has diverged",
+                "lower train.learning_rate, add train.warmup_steps, or set train.bf16: true instead of fp16",
+            )
+        entry: Event = {"event": "step", "step": step, "steps": steps, "epoch": round(epoch, 4), "loss": loss}
+        if "grad_norm" in logs:
+            entry["grad_norm"] = float(logs["grad_norm"])
+        entry |= {"learning_rate": float(logs["learning_rate"]), "tokens": self.tokens}
+        self.entries.append(entry)
+        done = self.tokens / self.total_tokens if self.total_tokens else step / steps
+        left = self.seconds * max(0.0, 1 / done - 1) if done else None
+        speed = self.tokens / self.seconds if self.seconds else None
+        self.progress({**entry, "tokens_per_second": speed, "seconds_left": left})
+
+    def validation(self, step: int, epoch: float, loss: float) -> None:
+        """A validation loss, in nats per learnt token."""
+        entry: Event = {"event": "validation", "step": step, "epoch": round(epoch, 4), "loss": loss}
+        self.entries.append(entry)
+        self.progress(entry)
+
+    def series(self, event: str) -> list[tuple[int, float]]:
+        """(step, loss) of each "step" or "validation"."""
+        return [(entry["step"], entry["loss"]) for entry in self.entries if entry["event"] == event]
+
+
+def callback(log: Log) -> TrainerCallback:
+    """A trainer callback that feeds `log`."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            log.begin()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= state.max_steps:
+                control.should_log = True  # the last step counts, also where logging_steps passes over it
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                log.step(state.global_step, state.max_steps, state.epoch, logs)
+            elif logs and "eval_loss" in logs:
+                log.validation(state.global_step, state.epoch, float(logs["eval_loss"]))
+
+    return Watch()
