@@ -21,8 +21,8 @@ from typing import Any
 
 from finetune_assets.inputs.json_text import read_model_json
 from finetune_assets.inputs.regular_files import read_utf8
-from finetune_assets.machine.disk import human_size
 from finetune_assets.reporting.errors import BadInput
+from finetune_assets.reporting.printable import human_size
 
 SECONDS = 10
 MEMORY = 2_000_000_000  # bytes of address space: python and jinja2 take 60 MB

@@ -14,8 +14,8 @@ from finetune_assets.export.serving_commands import commands
 from finetune_assets.lineage.estimate import Cost, Total
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.plan import Planned
-from finetune_assets.machine.disk import human_size
 from finetune_assets.recipe import Recipe
+from finetune_assets.reporting.printable import human_size
 from finetune_assets.store.artifact_store import Artifact, ArtifactStore
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.data.registry import REGISTRY, data_file, load_entries
-from finetune_assets.inputs.regular_files import digest_of_source
-from finetune_assets.store.digests import DigestCache, digest_of
+from finetune_assets.store.digests import DigestCache, digest_of, digest_of_source
 
 
 def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict[str, str]:

@@ -5,13 +5,14 @@ A named pipe would block whoever opens it, a device may have no end, and a folde
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 
-from finetune_assets.machine.disk import human_size
 from finetune_assets.reporting.errors import BadInput
-from finetune_assets.store.digests import DigestCache, open_regular
+from finetune_assets.reporting.printable import human_size
 
 NO_FILE = "no such file"
 SEE_TO_IT = "check its permissions, and the disk"
@@ -39,6 +40,19 @@ def why_not_regular(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading; a fifo, device or folder is refused at once instead of waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
 def read_regular(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file.
 
@@ -62,18 +76,6 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
         size = human_size(max(found.st_size, len(content)))
         raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "is it the right file?")
     return content
-
-
-def digest_of_source(path: Path, digests: DigestCache) -> str:
-    """The sha256 (hex) of a file that people or hubs gave us.
-
-    Raises:
-        BadInput: it cannot be read.
-    """
-    try:
-        return digests.file(path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
 
 
 def read_utf8(path: Path, limit: int | None = None) -> str:

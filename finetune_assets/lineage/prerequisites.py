@@ -9,11 +9,12 @@ from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.lineage.estimate import Cost, costs
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.plan import make_plan
-from finetune_assets.machine.disk import free_bytes, human_size, same_disk
+from finetune_assets.machine.disk import free_bytes, same_disk
 from finetune_assets.models.base_model import announced
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.printable import human_size
 from finetune_assets.store.artifact_store import ArtifactStore
 
 WEIGHTS = ("base_model", "lora_adapter", "merged_model", "gguf_file")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune_assets.reporting.causes import causes
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.printable import human_size
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Libraries written in other languages raise errors of their own, which carry the system's words only.
@@ -53,15 +54,6 @@ def same_disk(one: Path, other: Path) -> bool:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def human_size(size: float) -> str:
-    """Bytes in decimal units: `538.1 MB`."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
 
 
 def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.inputs.regular_files import NO_FILE, digest_of_source, why_not_regular
+from finetune_assets.inputs.regular_files import NO_FILE, why_not_regular
 from finetune_assets.inputs.remote_code import CODE_PATTERNS, SOURCES, gate, is_code, refuse_unknown_architecture
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.models.formats.model_card import write_card
@@ -17,7 +17,7 @@ from finetune_assets.models.formats.safetensors import SINGLE, read_index
 from finetune_assets.models.formats.safetensors import read_head as read_weights_head
 from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.digests import DigestCache, digest_of_files
+from finetune_assets.store.digests import DigestCache, digest_of_files, digest_of_source
 from finetune_assets.store.manifest import MANIFEST
 
 if TYPE_CHECKING:

@@ -31,3 +31,12 @@ def printable(text: str) -> str:
 def printable_json(value: Any) -> str:
     """JSON text in which the same characters are escaped: it means the same value."""
     return json.dumps(value, indent=2, ensure_ascii=False).translate(_IN_JSON)
+
+
+def human_size(size: float) -> str:
+    """Bytes in decimal units: `538.1 MB`."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -20,10 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.inputs.regular_files import open_regular
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
 from finetune_assets.reporting.masking import masked
-from finetune_assets.store.digests import DigestCache, digest_of, digest_of_files, files_below, open_regular
+from finetune_assets.store.digests import DigestCache, digest_of, digest_of_files, files_below
 from finetune_assets.store.manifest import MANIFEST, MANIFEST_VERSION, Unreadable, manifest_damage, read_manifest
 from finetune_assets.store.set_aside import set_aside
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import stat
 import time
 from collections.abc import Iterable, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.inputs.regular_files import SEE_TO_IT, open_regular
+from finetune_assets.reporting.errors import BadInput
 from finetune_assets.store.digest_database import DigestDatabase
 
 FINE = 20_000_000  # ns: two ticks of a kernel's clock, by which files are dated
@@ -27,19 +27,6 @@ def canonical(value: Any) -> str:
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value's canonical form."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
-
-
-def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; a fifo, device or folder is refused at once instead of waited for.
-
-    Raises:
-        OSError: it cannot be opened, or is not a regular file.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(handle, "rb")
 
 
 def digest_of_file(path: Path) -> str:
@@ -95,6 +82,18 @@ class DigestCache:
         now = time.time_ns()
         ages = [now - found.st_ctime_ns - _margin(found) for found in map(os.stat, filter(os.path.exists, paths))]
         time.sleep(min(max(0, -min(ages, default=0)), COARSE) / 1e9)
+
+
+def digest_of_source(path: Path, digests: DigestCache) -> str:
+    """The sha256 (hex) of a file that people or hubs gave us.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        return digests.file(path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
 
 
 def _stamp(found: os.stat_result) -> str:

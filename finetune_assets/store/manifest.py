@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from finetune_assets.store.digests import open_regular
+from finetune_assets.inputs.regular_files import open_regular
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
