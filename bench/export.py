@@ -42,7 +42,7 @@ FORGET = (
 )
 DURABLE = "; [os.fsync(os.open(p, os.O_RDONLY)) for p in Path(out).iterdir()]"
 MERGE = (
-    "from finetune_assets.export.merge import merge; "
+    "from finetune_assets.export.merge.merge import merge; "
     "merge(Path(a), Path(b), Path(out), export_size=5, export_dtype='auto')"
 )
 MERGE_1B5 = MERGE.replace("export_size=5", "export_size=0.8")
@@ -51,7 +51,7 @@ PEFT = (
     "m = AutoModelForCausalLM.from_pretrained(a, dtype='auto'); "
     "PeftModel.from_pretrained(m, b).merge_and_unload().save_pretrained(out)"
 )
-OURS_Q8 = "from finetune_assets.export.quantise import make_types; make_types(Path(a), ['q8_0'], Path(out), 'x')"
+OURS_Q8 = "from finetune_assets.export.gguf.quantise import make_types; make_types(Path(a), ['q8_0'], Path(out), 'x')"
 NUMPY_Q8 = (
     "import gguf, numpy as np\n"
     "for t in gguf.GGUFReader(a).tensors:\n"
@@ -181,7 +181,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = f"{folder}/f32.gguf"
         convert = (
-            "from finetune_assets.export.converter import convert; from finetune_assets.project import Project; "
+            "from finetune_assets.export.gguf.converter import convert; "
+            "from finetune_assets.recipe.project import Project; "
             "convert(Path(a), Path(b), 'f32', Project.find().cache, name='bench')"
         )
         measure(convert, [paths["merged_model"], source])

@@ -36,11 +36,11 @@ from finetune_assets.export.gguf.quantise import MOST_WORKERS
 from finetune_assets.recipe.project import Project
 
 THREADS = min(os.cpu_count() or 1, MOST_WORKERS)
-OURS = "import sys; from pathlib import Path; from finetune_assets.export.quantise import make_types; " + (
+OURS = "import sys; from pathlib import Path; from finetune_assets.export.gguf.quantise import make_types; " + (
     "make_types(Path(sys.argv[1]), sys.argv[3:], Path(sys.argv[2]), 'x')"
 )
-OUR_CHAIN = "import sys; from pathlib import Path; from finetune_assets.export.converter import convert; " + (
-    "from finetune_assets.export.quantise import make_types; out = Path(sys.argv[2]); "
+OUR_CHAIN = "import sys; from pathlib import Path; from finetune_assets.export.gguf.converter import convert; " + (
+    "from finetune_assets.export.gguf.quantise import make_types; out = Path(sys.argv[2]); "
     "convert(Path(sys.argv[1]), out / 'x-f16.gguf', 'f16', Path(sys.argv[3]), name='x'); "
     "make_types(out / 'x-f16.gguf', sys.argv[4:], out, 'x')"
 )

@@ -93,7 +93,7 @@ def test_a_device_is_free_only_when_the_worker_of_a_killed_run_has_gone(tmp_path
     """The guard gives a stubborn worker its grace; until then the device's memory is in use."""
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     launcher = (
-        "import sys\nfrom finetune_assets.process import launch\nfrom resources.gpu import GpuResource\n"
+        "import sys\nfrom finetune_assets.worker import launch\nfrom resources.gpu import GpuResource\n"
         "with GpuResource(device='cpu').lease(print) as lease:\n"
         f"    launch.run({{'task': 'train'}}, lambda event: print('works', flush=True), held=[lease.lock],\n"
         f"               worker=[sys.executable, '-S', {str(tmp_path / 'worker.py')!r}], grace_seconds=1.0)\n"

@@ -121,10 +121,10 @@ def test_dagster_on_its_own_ends_too(tmp_path: Path):
     project = make_mini(tmp_path)
     project.empty_base()
     (project.root / "defs.py").write_text(
-        "from finetune_assets.assets import chain\n"
+        "from finetune_assets.assets.automation import chain\n"
         "from finetune_assets.definitions import load_definitions\n"
-        "from finetune_assets.project import Project\n"
-        "from tests.test_unforeseen import steps\n"
+        "from finetune_assets.recipe.project import Project\n"
+        "from tests.assets.test_unforeseen import steps\n"
         "chain.STEPS = steps('raw_dataset', lambda: ValueError('seven is no even number'))\n"
         "defs = load_definitions(Project.find())\n"
     )

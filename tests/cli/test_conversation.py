@@ -114,7 +114,7 @@ def test_a_file_that_was_asked_nothing_is_closed(
 ):
     """The stage after it cannot be opened, say. In a process of its own: llama.cpp would wait with the GIL held."""
     file = str(tiny_files(smollm2, tmp_path_factory, request.config).q8_0)
-    code = "import pathlib, sys\nfrom finetune_assets.chat.engines import GgufEngine\n" + (
+    code = "import pathlib, sys\nfrom finetune_assets.models.engines.engine import GgufEngine\n" + (
         "for _ in range(6): GgufEngine(pathlib.Path(sys.argv[1])).close()"
     )
     subprocess.run([sys.executable, "-c", code, file], check=True, timeout=60)

@@ -86,7 +86,7 @@ def test_a_hub_s_code_is_neither_fetched_nor_run(
     with HubServer() as hub:
         hub.repositories["someone/some-model"] = Repository(repository, "0123456789abcdef0123456789abcdef01234567")
         script = (
-            "import sys; from pathlib import Path; from finetune_assets import base_model\n"
+            "import sys; from pathlib import Path; from finetune_assets.models import base_model\n"
             "from finetune_assets.recipe import ModelSection\n"
             "section = ModelSection(model_name_or_path='someone/some-model'); out = Path(sys.argv[1]); out.mkdir()\n"
             "base_model.fetch(section, out, out, out, lambda event: None)\n"

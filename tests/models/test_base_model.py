@@ -145,8 +145,8 @@ def test_a_folder_that_is_not_there(tmp_path: Path, name: str):
 
 def test_a_hub_that_cannot_be_reached_is_named_with_what_to_do(tmp_path: Path):
     script = (
-        "import sys; from pathlib import Path; from finetune_assets import base_model\n"
-        "from finetune_assets.errors import FinetuneError; from finetune_assets.recipe import ModelSection\n"
+        "import sys; from pathlib import Path; from finetune_assets.models import base_model\n"
+        "from finetune_assets.reporting.errors import FinetuneError; from finetune_assets.recipe import ModelSection\n"
         f"root = Path({str(tmp_path)!r}); section = ModelSection(model_name_or_path='someone/some-model')\n"
         "try: base_model.fetch(section, root, root / 'cache', root, print)\n"
         "except FinetuneError as error: print(error); sys.exit(error.exit_code)\n"

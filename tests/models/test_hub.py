@@ -30,8 +30,8 @@ SCRIPT = """
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores Ctrl-C
 from pathlib import Path
-from finetune_assets import base_model
-from finetune_assets.errors import FinetuneError
+from finetune_assets.models import base_model
+from finetune_assets.reporting.errors import FinetuneError
 from finetune_assets.recipe import ModelSection
 name, revision, out = sys.argv[1:]
 section = ModelSection(model_name_or_path=name, model_revision=revision)

@@ -175,7 +175,8 @@ def test_an_unforeseen_error_of_a_step(client: Client):
     """Whatever a step raises, Dagster records it with all that it came from."""
     script = f"""
 import sys
-from finetune_assets import base_model, cli
+from finetune_assets import cli
+from finetune_assets.models import base_model
 def fetch(*arguments):
     try:
         raise OSError("http://user:{SECRET}@host")

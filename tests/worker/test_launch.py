@@ -239,7 +239,7 @@ def test_nothing_outlives_launcher_or_guard(worker, tmp_path: Path, how: int, vi
     command = worker(STUBBORN)
     launcher = tmp_path / "launcher.py"
     launcher.write_text(
-        "import sys\nfrom finetune_assets.process import launch\n"
+        "import sys\nfrom finetune_assets.worker import launch\n"
         f"worker = {command!r}\n"
         "show = lambda event: print(*event['pids'], flush=True)\n"
         "launch.run({'task': 'train'}, show, worker=worker, grace_seconds=0.3)\n",
@@ -288,7 +288,7 @@ def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
     messages, job = tmp_path / "messages", {"task": "train", "out": str(tmp_path), "device": "vax"}
     messages.touch()
     body = (
-        "import sys; from finetune_assets.process import worker\n"
+        "import sys; from finetune_assets.worker import __main__ as worker\n"
         "def train(job, progress):\n"
         "    print('noise'); progress({'event': 'message', 'text': job['device']})\n"
         "    raise worker.BadInput('no', 'yes') if job['device'] == 'vax' else ZeroDivisionError\n"

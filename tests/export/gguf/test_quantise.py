@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         out.write(large.encode())
         out.truncate(out.tell() + large.data_size)
     work = (
-        "import sys; from pathlib import Path; from finetune_assets.export import quantise;"
+        "import sys; from pathlib import Path; from finetune_assets.export.gguf import quantise;"
         "quantise.make_types(Path(sys.argv[1]), ['q8_0'], Path(sys.argv[2]), 'x');"
         "print(Path('/proc/self/status').read_text())"
     )
