@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import dagster as dg
 import pytest
-from dagster._core.definitions.data_version import CachingStaleStatusResolver  # what the UI's badges are computed by
-from dagster._core.loader import LoadingContextForTest
 
 from finetune_assets.assets.automation import events
 from finetune_assets.assets.keys import READ, file_key, values_key
@@ -16,6 +14,7 @@ from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.readings import observe
 from finetune_assets.recipe.file import load_recipe
 from tests.conftest import MiniProject, rows
+from tests.support.dagster_internals import CachingStaleStatusResolver, LoadingContextForTest
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 
 

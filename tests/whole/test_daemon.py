@@ -10,11 +10,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster import DagsterInstance, DagsterRun
-from dagster._core.scheduler.instigation import InstigatorTick
 
 from docs.screenshots import webserver
 from resources import webhook
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
+from tests.support.dagster_internals import InstigatorTick
 from tests.support.history_fixtures import plan_of
 from tests.support.hostile_recipes import KINDS, put
 from tests.support.webhook_receiver import Receiver
