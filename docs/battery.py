@@ -36,7 +36,7 @@ from finetune_assets.machine.device import choose_device
 from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.digests import DigestCache, digest_of_file
 from tests.support import corruptions
 from tests.support.corruptions import (

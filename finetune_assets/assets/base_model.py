@@ -11,7 +11,7 @@ from finetune_assets.inputs.json_text import read_model_json
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.models import base_model
 from finetune_assets.models.formats import model_card
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 
 
 def build(step: Step) -> Made:

@@ -9,7 +9,7 @@ import dagster as dg
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.evaluation.evaluate import table as markdown
 from finetune_assets.lineage.materialise import Step
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
 MEASURES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")

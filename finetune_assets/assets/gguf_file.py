@@ -19,7 +19,7 @@ from finetune_assets.export.parity.picture import draw
 from finetune_assets.export.parity.prove import CHECKS, Figures, near_the_base
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.models import base_model
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"

@@ -11,7 +11,7 @@ from finetune_assets.assets.step_asset import StepAsset, figure
 from finetune_assets.chat.template_limits import prove_folder
 from finetune_assets.export.preflight.exportable import check_exportable
 from finetune_assets.lineage.materialise import Step
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
 LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt

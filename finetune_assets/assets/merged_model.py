@@ -10,7 +10,7 @@ import dagster as dg
 from finetune_assets.assets.step_asset import StepAsset, figure, table
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
 

@@ -11,7 +11,7 @@ from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.ollama.modelfile import modelfile
 from finetune_assets.export.ollama.publish import OWN_STORE, publish, recorded
 from finetune_assets.lineage.materialise import Step
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 
 
 def build(step: Step) -> Made:

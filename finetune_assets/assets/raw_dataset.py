@@ -9,7 +9,7 @@ import dagster as dg
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.data import snapshot
 from finetune_assets.lineage.materialise import Step
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 
 
 def build(step: Step) -> Made:

@@ -22,7 +22,7 @@ from finetune_assets.reporting.errors import FinetuneError, unforeseen
 from finetune_assets.reporting.events import tell
 from finetune_assets.reporting.masking import mask, masked_error
 from finetune_assets.reporting.printable import printable
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from resources.dead_runs import sign
 from resources.worker_pipes import run_worker
 

@@ -17,7 +17,7 @@ from finetune_assets.models.engines.engine import Engine, GgufEngine, Messages, 
 from finetune_assets.recipe import Recipe, did_you_mean
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 
 STAGES = {
     "base": "base_model",

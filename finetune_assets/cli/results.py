@@ -13,7 +13,7 @@ from rich.text import Text
 from finetune_assets.cli import tables
 from finetune_assets.export.serving_commands import ollama
 from finetune_assets.recipe import Recipe
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 
 
 def headline(made: int, reused: int, seconds: float) -> str:

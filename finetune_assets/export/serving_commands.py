@@ -16,7 +16,7 @@ from finetune_assets.inputs.json_text import read_model_json
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.errors import FinetuneError
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 
 OLLAMA = "http://127.0.0.1:11434"  # where its server listens and its client looks if nobody says otherwise
 LLAMA_SERVER = "http://127.0.0.1:8080"

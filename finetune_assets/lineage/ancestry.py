@@ -9,7 +9,8 @@ from typing import Any
 from finetune_assets.export.ollama.publish import OWN_STORE
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 
 # The metrics worth reading first; a dot leads into a mapping.
 MAIN = {

@@ -25,7 +25,8 @@ from finetune_assets.models.formats.safetensors import BYTES_OF, FLOATS, read_he
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 
 if TYPE_CHECKING:
     from finetune_assets.models.hub import Announced

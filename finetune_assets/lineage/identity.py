@@ -9,7 +9,7 @@ from pydantic_core import PydanticUndefined
 
 from finetune_assets.lineage.graph import Node
 from finetune_assets.recipe import Recipe, Section
-from finetune_assets.store.artifact_store import Artifact, Fingerprint
+from finetune_assets.store.artifact import Artifact, Fingerprint
 
 # What an ingredient is called that an earlier release did not look at, or that this one does not any more.
 NOT_ON_RECORD, OF_NO_ACCOUNT = "not on record", "of no account"

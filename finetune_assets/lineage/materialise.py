@@ -15,7 +15,8 @@ from finetune_assets.lineage.plan import Planned, make_plan, open_store, sources
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore, Made
+from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.worker import launch as process
 
 Progress = Callable[[dict[str, Any]], None]

@@ -15,7 +15,8 @@ from finetune_assets.models import base_model
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.store.digests import DigestCache
 
 State = Literal["fresh", "stale", "missing", "maybe"]
@@ -100,8 +101,8 @@ def _judge(node: Node, recipe: Recipe, project: Project, store: ArtifactStore, p
         if (why := trouble(artifact, project, store.digests)) is None:
             return Planned(node.name, "fresh", (), artifact, wanted.hex)
         return Planned(node.name, "stale", (why,), wanted=wanted.hex)
-    stranger = store.stranger(recipe.name, node.name, wanted.hex)
-    there = (f"{wanted.hex} is there, but {stranger.why}: it will be set aside",) if stranger else ()
+    foreign = store.foreign_entry(recipe.name, node.name, wanted.hex)
+    there = (f"{wanted.hex} is there, but {foreign.why}: it will be set aside",) if foreign else ()
     if last is None:
         return Planned(node.name, "missing", there or (_why_missing(store, recipe, node),), wanted=wanted.hex)
     reasons = _differences(last, wanted.ingredients, recipe, project, store, plan)

@@ -24,7 +24,8 @@ from finetune_assets.recipe import name_problem
 from finetune_assets.recipe.file import find_recipe, load_recipe, recipe_name, recipe_path
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, FinetuneError
-from finetune_assets.store.artifact_store import CURRENT, STAGING, Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import CURRENT, STAGING, ArtifactStore
 
 Key = tuple[str, str]  # asset, fingerprint
 ORPHAN_AGE = 3600.0  # seconds: a pointer is written in milliseconds, and not always under a lock
@@ -168,7 +169,7 @@ def _collect_recipe(
         for name in assets:
             if name not in busy:
                 _sweep(folder / name, subject.name, dry_run, done)
-            _strangers(folder / name, name, subject.name, store, roots, done)
+            _foreign_entries(folder / name, name, subject.name, store, roots, done)
         artifacts = [artifact for name in assets for artifact in store.published(subject.name, name)]
         try:
             wanted = _wanted(subject, project, store)
@@ -281,16 +282,16 @@ def _sweep(folder: Path, recipe: str, dry_run: bool, done: Collection) -> None:
                 path.unlink()
 
 
-def _strangers(
+def _foreign_entries(
     folder: Path, asset: str, recipe: str, store: ArtifactStore, roots: dict[Key, list[str]], done: Collection
 ) -> None:
     """What is not ours stays, and so do the inputs that it names."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == CURRENT:
             continue
-        if (stranger := store.stranger(recipe, asset, path.name)) is not None:
-            done.left_alone.append((path, stranger.why))
-            for key in stranger.inputs.items():
+        if (foreign := store.foreign_entry(recipe, asset, path.name)) is not None:
+            done.left_alone.append((path, foreign.why))
+            for key in foreign.inputs.items():
                 roots.setdefault(key, []).append(f"input of {asset} {path.name[:8]}")
     if (lost := store.lost_current(recipe, asset)) is not None:
         done.left_alone.append((folder / CURRENT, lost))

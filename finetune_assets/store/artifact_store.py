@@ -12,11 +12,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +22,10 @@ from finetune_assets.inputs.regular_files import open_regular
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
 from finetune_assets.reporting.masking import masked
-from finetune_assets.store.digests import DigestCache, digest_of, digest_of_files, files_below
+from finetune_assets.store.artifact import FINGERPRINT_LENGTH, Artifact, Fingerprint, ForeignEntry, Made
+from finetune_assets.store.digests import DigestCache, digest_of_files, files_below, open_regular
+from finetune_assets.store.files import discard, fsync, set_aside, write_atomically
 from finetune_assets.store.manifest import MANIFEST, MANIFEST_VERSION, Unreadable, manifest_damage, read_manifest
-from finetune_assets.store.set_aside import set_aside
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -35,97 +34,6 @@ CURRENT = "CURRENT"
 STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
 LONGEST_POINTER = 100  # bytes
 VERBATIM = ("template", "system", "parameters", "modelfile", "samples")  # metrics that are served, or are data
-FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """What an artifact's identity is made of, in clear, and the digest of it."""
-
-    ingredients: Mapping[str, Any]
-
-    @cached_property
-    def hex(self) -> str:
-        return digest_of(dict(self.ingredients))[:FINGERPRINT_LENGTH]
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A published folder and its manifest."""
-
-    path: Path
-    manifest: Mapping[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        return self.manifest["fingerprint"]
-
-    @property
-    def data_version(self) -> str:
-        """The content's version: equal content, equal version, whatever made it."""
-        return self.manifest["data_version"]
-
-    @property
-    def metrics(self) -> Mapping[str, Any]:
-        return self.manifest["metrics"]
-
-    @property
-    def inputs(self) -> Mapping[str, str]:
-        """The artifacts that it was made of: asset -> fingerprint."""
-        return self.manifest["inputs"]
-
-    @property
-    def created(self) -> str:
-        """When it was made, UTC, in ISO 8601: later sorts after earlier."""
-        return self.manifest["created"]
-
-    @property
-    def size(self) -> int:
-        """Bytes of its files, as published."""
-        return sum(record["size"] for record in self.manifest["files"].values())
-
-    def part_version(self, part: str) -> str:
-        """The data version of one named part (a split, a GGUF type)."""
-        return self.manifest["parts"][part]
-
-    def damage(self, digests: DigestCache) -> str | None:
-        """What is wrong with the files on disk, or None. Reads only what changed since its digest was taken."""
-        for name, record in self.manifest["files"].items():
-            path = self.path / name
-            try:
-                size = path.stat().st_size
-                if size != record["size"]:
-                    return f"{name} has {size} bytes instead of {record['size']}"
-                if digests.file(path) != record["sha256"]:
-                    return f"the content of {name} has changed since it was published"
-            except FileNotFoundError:
-                return f"{name} is gone"
-            except OSError as error:
-                return f"{name} cannot be read: {error.strerror}"
-        return None
-
-
-@dataclass(frozen=True)
-class Stranger:
-    """Something in an artifact's place that is none of ours: why, in words, and the inputs that it names, if any."""
-
-    why: str
-    inputs: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Made:
-    """What a step says of what it put into its staging folder.
-
-    Args:
-        metrics: JSON-able facts and figures for the manifest and the asset page.
-        parts: named parts of the artifact that downstream assets may depend on alone: part -> its files.
-        content: the files whose bytes are the data version; None: all of them.
-    """
-
-    metrics: dict[str, Any]
-    parts: Mapping[str, list[str]] | None = None
-    content: list[str] | None = None
 
 
 class ArtifactStore:
@@ -143,32 +51,32 @@ class ArtifactStore:
         found = self._look(recipe, asset, fingerprint)
         return found if isinstance(found, Artifact) else None
 
-    def stranger(self, recipe: str, asset: str, name: str) -> Stranger | None:
+    def foreign_entry(self, recipe: str, asset: str, name: str) -> ForeignEntry | None:
         """What lies under this name without being an artifact of ours, if anything does."""
         found = self._look(recipe, asset, name)
-        return found if isinstance(found, Stranger) else None
+        return found if isinstance(found, ForeignEntry) else None
 
-    def _look(self, recipe: str, asset: str, name: str) -> Artifact | Stranger | None:
+    def _look(self, recipe: str, asset: str, name: str) -> Artifact | ForeignEntry | None:
         path = self.folder(recipe, asset) / name
         try:
             if not path.is_dir():
-                return Stranger("not an artifact") if os.path.lexists(path) else None
+                return ForeignEntry("not an artifact") if os.path.lexists(path) else None
             found = read_manifest(path / MANIFEST)
         except FileNotFoundError:
-            return Stranger("it has no manifest")
+            return ForeignEntry("it has no manifest")
         except (OSError, Unreadable):
-            return Stranger("its manifest cannot be read")
+            return ForeignEntry("its manifest cannot be read")
         if not isinstance(found, dict):
-            return Stranger("its manifest is not ours")
+            return ForeignEntry("its manifest is not ours")
         version, inputs = found.get("version"), found.get("inputs")
         named = {str(key): str(value) for key, value in inputs.items()} if isinstance(inputs, dict) else {}
         if isinstance(version, int) and version > MANIFEST_VERSION:
-            return Stranger("made by a later release", named)
+            return ForeignEntry("made by a later release", named)
         wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": name}
         if any(found.get(key) != value for key, value in wanted.items()):
-            return Stranger("its manifest is not ours", named)
+            return ForeignEntry("its manifest is not ours", named)
         if (damage := manifest_damage(found)) is not None:
-            return Stranger(f"its manifest is damaged: {damage}", named)
+            return ForeignEntry(f"its manifest is damaged: {damage}", named)
         return Artifact(path, found)
 
     def published(self, recipe: str, asset: str) -> list[Artifact]:
@@ -189,10 +97,10 @@ class ArtifactStore:
         fingerprint = _pointed_to(pointer)
         if fingerprint is None:
             return f"{CURRENT} is not ours" if os.path.lexists(pointer) else None
-        stranger = self._look(recipe, asset, fingerprint)
-        if isinstance(stranger, Artifact):
+        entry = self._look(recipe, asset, fingerprint)
+        if isinstance(entry, Artifact):
             return None
-        return f"{fingerprint}: {stranger.why if stranger else 'it is gone'}"
+        return f"{fingerprint}: {entry.why if entry else 'it is gone'}"
 
     def make_current(self, artifact: Artifact) -> None:
         """Record that this artifact is what the asset was last materialised to.
@@ -273,57 +181,70 @@ class ArtifactStore:
         """Turn a staging folder into a published artifact, in one rename.
 
         It is dated now, or right after what the asset has already, if the clock was set back: the order of the dates is
-        the order of publication. A stranger under its name is set aside. The caller holds the asset's lock.
+        the order of publication. A foreign entry under its name is set aside. The caller holds the asset's lock.
 
         Args:
             record: what else the manifest shall say (libraries, seed, ...).
         """
-        target = self.folder(recipe, asset) / fingerprint.hex
         content = files_below(staging)
         if MANIFEST in content:
             raise StepFailed(
                 f"{recipe}/{asset} cannot be published: it holds a file {MANIFEST}, the name of the store's own record",
                 "leave that file out, or give it another name",
             )
+        manifest = self._manifest(content, recipe, asset, fingerprint, made, record)
+        if (damage := manifest_damage(json.loads(_text_of(manifest)))) is not None:
+            raise StepFailed(f"{recipe}/{asset} cannot be published: its manifest would be damaged: {damage}")
+        for path in content.values():
+            fsync(path)
+        _write_manifest(staging, manifest)
+        return Artifact(self._into_place(staging, recipe, asset, fingerprint.hex), manifest)
+
+    def _manifest(
+        self,
+        content: Mapping[str, Path],
+        recipe: str,
+        asset: str,
+        fingerprint: Fingerprint,
+        made: Made,
+        record: Mapping[str, Any],
+    ) -> dict[str, Any]:
         self.digests.settle(content.values())
         files = {
             name: {"size": path.stat().st_size, "sha256": self.digests.file(path)} for name, path in content.items()
         }
-        sha256 = {name: entry["sha256"] for name, entry in files.items()}
-        manifest = {
+
+        def version(names: Iterable[str]) -> str:
+            return digest_of_files({name: files[name]["sha256"] for name in names})[:FINGERPRINT_LENGTH]
+
+        return {
             "version": MANIFEST_VERSION,
             "recipe": recipe,
             "asset": asset,
             "fingerprint": fingerprint.hex,
             "ingredients": dict(fingerprint.ingredients),
-            "data_version": digest_of_files(
-                {name: sha256[name] for name in (sha256 if made.content is None else made.content)}
-            )[:FINGERPRINT_LENGTH],
-            "parts": {
-                part: digest_of_files({name: sha256[name] for name in names})[:FINGERPRINT_LENGTH]
-                for part, names in (made.parts or {}).items()
-            },
+            "data_version": version(files if made.content is None else made.content),
+            "parts": {part: version(names) for part, names in (made.parts or {}).items()},
             "files": files,
             "metrics": masked(made.metrics, but=VERBATIM),
             **record,
             "created": self._next_date(recipe, asset),
         }
-        if (damage := manifest_damage(json.loads(_text_of(manifest)))) is not None:
-            raise StepFailed(f"{recipe}/{asset} cannot be published: its manifest would be damaged: {damage}")
-        for path in content.values():
-            _fsync(path)
-        _write_manifest(staging, manifest)
-        old = None
-        if self.stranger(recipe, asset, fingerprint.hex) is not None:
+
+    def _into_place(self, staging: Path, recipe: str, asset: str, name: str) -> Path:
+        """Rename a staging folder to its name; what has that name is replaced, or set aside if it is foreign."""
+        target = self.folder(recipe, asset) / name
+        replaced = None
+        if self.foreign_entry(recipe, asset, name) is not None:
             set_aside(target)
         elif target.exists():
-            old = target.with_name(f"{STAGING}replaced-{fingerprint.hex}")
-            target.rename(old)
+            replaced = target.with_name(f"{STAGING}replaced-{name}")
+            target.rename(replaced)
         staging.rename(target)
-        _fsync(target.parent)
-        if old is not None:
-            discard(old)
-        return Artifact(target, manifest)
+        fsync(target.parent)
+        if replaced is not None:
+            discard(replaced)
+        return target
 
     def amend(self, artifact: Artifact, metrics: Mapping[str, Any]) -> Artifact:
         """Replace the metrics in a manifest: for facts about where an artifact is used, not about what it is."""
@@ -341,7 +262,7 @@ class ArtifactStore:
             (folder / CURRENT).unlink()
         trash = folder / f"{STAGING}removed-{artifact.fingerprint}"
         artifact.path.rename(trash)
-        _fsync(folder)
+        fsync(folder)
         shutil.rmtree(trash)
 
     def _next_date(self, recipe: str, asset: str) -> str:
@@ -351,34 +272,6 @@ class ArtifactStore:
             assert last is not None
             now = max(now, last + timedelta(milliseconds=1))
         return now.isoformat(timespec="milliseconds")
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder as far as that can be done; of a link to one, the link."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Args:
-        prefix: begins the name of the file in the making, by which what a crash left is known; `.NAME-` if not given.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-" if prefix is None else prefix, dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _pointed_to(pointer: Path) -> str | None:
@@ -405,11 +298,3 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _text_of(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from finetune_assets.store.set_aside import set_aside
+from finetune_assets.store.files import set_aside
 
 T = TypeVar("T")
 PATIENCE = 1.0  # seconds to wait for another process that writes

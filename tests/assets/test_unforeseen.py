@@ -21,7 +21,7 @@ from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.causes import causes
-from finetune_assets.store.artifact_store import Made
+from finetune_assets.store.artifact import Made
 from tests.conftest import REPOSITORY, MiniProject, make_mini
 from tests.support.history_fixtures import BODIES, stand_in
 

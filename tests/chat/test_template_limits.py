@@ -20,7 +20,7 @@ from finetune_assets.chat.template_limits import prove, prove_folder
 from finetune_assets.lineage.materialise import Progress, Step, materialise
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput
-from finetune_assets.store.artifact_store import Made
+from finetune_assets.store.artifact import Made
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import BODIES, stand_in
 from tests.support.training_fixtures import tiny_tokenizer

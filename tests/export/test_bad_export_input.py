@@ -17,7 +17,7 @@ from finetune_assets.lineage.prerequisites import check_prerequisites
 from finetune_assets.models.formats.gguf import STRING, read_head, write_with_head
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain, plan_of

@@ -20,7 +20,7 @@ from finetune_assets.export.ollama.server.temporary import free_port, serving
 from finetune_assets.export.serving_commands import LLAMA_SERVER, OLLAMA, commands, ollama
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, make_mini
 from tests.support.history_fixtures import make_chain

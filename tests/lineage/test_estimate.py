@@ -18,7 +18,7 @@ from finetune_assets.machine.disk import free_bytes
 from finetune_assets.models.formats.gguf import Tensor
 from finetune_assets.recipe import GGUF_TYPES
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
 from tests.export.gguf.test_type_policy import head

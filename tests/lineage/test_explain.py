@@ -12,7 +12,7 @@ from finetune_assets.cli.history import ancestry_tree
 from finetune_assets.lineage.ancestry import Ancestor, ancestry
 from finetune_assets.lineage.graph import NODES, upstream_of
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain, store_of

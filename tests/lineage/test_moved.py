@@ -19,7 +19,7 @@ from finetune_assets.export.ollama.server.api import show
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
 from finetune_assets.lineage.materialise import materialise
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject
 from tests.models.test_base_model import folder_model

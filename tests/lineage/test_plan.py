@@ -17,7 +17,8 @@ from finetune_assets.lineage.materialise import Outcome, Step, materialise
 from finetune_assets.lineage.plan import Planned, make_plan, open_store
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import ArtifactStore, Made
+from finetune_assets.store.artifact import Made
+from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain, stand_in
 

@@ -9,7 +9,7 @@ import pytest
 
 from finetune_assets.export.ollama.rollback import rollback
 from finetune_assets.reporting.errors import BadInput
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
 from tests.export.ollama.test_ollama_server import stand_in

@@ -17,7 +17,8 @@ from finetune_assets.export.ollama import model_store as ollama_store
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.retention import reasons_to_stay
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject, make_mini
 from tests.export.ollama.test_ollama_server import stand_in
 from tests.support.history_fixtures import make_chain, plan_of, store_of

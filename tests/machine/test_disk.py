@@ -17,7 +17,7 @@ from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.lineage.plan import make_plan, open_store
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Made
+from finetune_assets.store.artifact import Made
 from tests.conftest import REPOSITORY, MiniProject, rows
 from tests.lineage.test_plan import make, make_data, plan
 from tests.models.test_hub import COMMIT, MODEL, Client

@@ -18,7 +18,7 @@ from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.store import digests
-from finetune_assets.store.artifact_store import Made
+from finetune_assets.store.artifact import Made
 from finetune_assets.store.digests import DigestCache, digest_of_file
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, plan_of, stand_in, store_of

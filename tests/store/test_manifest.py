@@ -27,10 +27,10 @@ from finetune_assets.lineage.plan import make_plan
 from finetune_assets.lineage.retention import collect, subjects
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
-from finetune_assets.store.artifact_store import Fingerprint, Made
+from finetune_assets.store.artifact import Fingerprint, Made
 from finetune_assets.store.manifest import LARGEST, manifest_damage
 from tests.conftest import MiniProject, make_mini
-from tests.store.test_strangers import left_alone
+from tests.store.test_foreign_entries import left_alone
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 
 # Those of a whole chain, made by the release before manifests were validated.

@@ -14,7 +14,8 @@ from finetune_assets.lineage.graph import NODES, upstream_of
 from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.lineage.plan import Planned, make_plan, open_store
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore, Made
+from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import CHATML
 from tests.support.template_files import add_letters

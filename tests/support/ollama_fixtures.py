@@ -18,7 +18,7 @@ from finetune_assets.export.ollama.modelfile import OllamaModel
 from finetune_assets.export.ollama.server.temporary import find_binary
 from finetune_assets.export.ollama.template.derive import from_gguf
 from finetune_assets.lineage.materialise import Step
-from finetune_assets.store.artifact_store import Made as Produced
+from finetune_assets.store.artifact import Made as Produced
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import converter_cache
 from tests.support.history_fixtures import BODIES

@@ -25,7 +25,7 @@ from finetune_assets.lineage.graph import NODES, Node, Upstream
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.store.artifact_store import Made
+from finetune_assets.store.artifact import Made
 from tests.conftest import MiniProject
 
 # Keys of the recipe that may be varied freely, the default first.

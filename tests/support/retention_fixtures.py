@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.retention import Collection, collect, subjects
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, store_of
 

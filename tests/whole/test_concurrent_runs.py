@@ -18,7 +18,8 @@ from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.lineage.plan import open_store
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import STAGING, Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.store.artifact_store import STAGING
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 from tests.whole.test_chain import FINETUNE, Chain
 

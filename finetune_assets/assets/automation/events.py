@@ -26,7 +26,7 @@ from finetune_assets.assets.step_asset import page
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.identity import shown
 from finetune_assets.lineage.readings import Observed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 
 POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wants one beside each version read
 

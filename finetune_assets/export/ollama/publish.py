@@ -16,7 +16,7 @@ from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.serving_commands import context_of_gguf
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 
 Progress = Callable[[dict[str, Any]], None]
 ROOM = 256  # bytes, and therefore tokens at most, of a short question with the words that a template puts around it

@@ -10,7 +10,8 @@ from finetune_assets.export.ollama.publish import serve, serving_problem
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 
 ASSET = "ollama_model"
 

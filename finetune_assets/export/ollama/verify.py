@@ -14,7 +14,8 @@ from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.ollama.weights import source_of
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact import Artifact
+from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.store.digests import DigestCache
 
 ASSET = "ollama_model"

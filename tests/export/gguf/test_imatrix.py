@@ -25,7 +25,7 @@ from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.worker import __main__ as worker
 from finetune_assets.worker import launch
 from tests.conftest import MiniProject, make_mini, rows

@@ -17,7 +17,7 @@ from finetune_assets.export.ollama.server.temporary import find_binary
 from finetune_assets.export.ollama.server.temporary import serving as running
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import Artifact, Made
+from finetune_assets.store.artifact import Artifact, Made
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import converter_cache

@@ -20,7 +20,7 @@ from finetune_assets.export.ollama.verify import verify
 from finetune_assets.lineage.retention import collect, subjects
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 from tests.support.ollama_fixtures import needs_server, tiny_files, with_weights

@@ -20,7 +20,7 @@ from finetune_assets.models.decoding import load_chat, load_model
 from finetune_assets.recipe import ExportSection, ModelSection
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from finetune_assets.worker import launch
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import tiny_adapter, tiny_base, tiny_tokenizer

@@ -221,7 +221,7 @@ def test_a_file_that_went_bad_unnoticed_is_made_again(merged: Path, files: dict[
 
 def test_what_is_made_and_measured_again_when() -> None:
     from finetune_assets.assets.gguf_file import _kept, _recorded
-    from finetune_assets.store.artifact_store import Artifact
+    from finetune_assets.store.artifact import Artifact
 
     made = {
         "asset": "gguf_file",

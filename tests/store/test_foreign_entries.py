@@ -12,7 +12,7 @@ import pytest
 from finetune_assets.export.ollama.rollback import rollback
 from finetune_assets.lineage.retention import collect, subjects
 from finetune_assets.store import artifact_store as artifacts
-from finetune_assets.store.artifact_store import Artifact
+from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 
