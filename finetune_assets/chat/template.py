@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.chat.template_limits import rendering
 from finetune_assets.recipe import did_you_mean
 from finetune_assets.reporting.errors import BadInput
+from finetune_assets.reporting.first_difference import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +220,7 @@ def _boundary(
         return len(input_ids)
     head = _render(tokenizer, turns[:count], prompt=prompt)
     if not text.startswith(head):
-        same = next((at for at, (a, b) in enumerate(zip(head, text, strict=False)) if a != b), len(text))
+        same = first_difference(head, text)
         raise BadInput(
             "the chat template renders the beginning of a conversation differently once more turns follow "
             f"(turn {count}: {head[same : same + 40]!r} becomes {text[same : same + 40]!r}), "
@@ -227,11 +228,7 @@ def _boundary(
             "set train.mask_history: true (only the last answer is learnt), or name another template under "
             f"model.template: {', '.join(TEMPLATES)}",
         )
-    head_ids = _ids(tokenizer, head)
-    return next(
-        (at for at, (a, b) in enumerate(zip(head_ids, input_ids, strict=False)) if a != b),
-        min(len(head_ids), len(input_ids)),
-    )
+    return first_difference(_ids(tokenizer, head), input_ids)
 
 
 def _render(

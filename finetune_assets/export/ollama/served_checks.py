@@ -17,6 +17,7 @@ from finetune_assets.export.ollama import weights as ollama_weights
 from finetune_assets.export.ollama.behaviour import Behaviour
 from finetune_assets.export.ollama.expected_answer import SLACK, TOLD, Expected
 from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.reporting.first_difference import first_difference
 from finetune_assets.store.digests import digest_of_file
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _first_distribution(answer: ChatResponse, expected: Expected) -> list[Check]
 def _same_text(name: str, got: str, wanted: str) -> Check:
     if got == wanted:
         return Check(name, True, f"{len(wanted)} characters, as in training")
-    at = next((at for at, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    at = first_difference(got, wanted)
     return Check(name, False, f"{_short(got[at : at + 60])} instead of {_short(wanted[at : at + 60])} at {at}")
 
 

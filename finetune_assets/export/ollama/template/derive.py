@@ -19,6 +19,7 @@ from finetune_assets.chat.template_limits import rendering
 from finetune_assets.export.ollama.template import go_eval
 from finetune_assets.models.formats.gguf import Head, read_head
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.first_difference import first_difference
 
 Messages = list[dict[str, str]]
 
@@ -154,7 +155,7 @@ def differs(got: str, wanted: str) -> str | None:
     """How the prompt that a server makes differs from what the chat template writes; None if it does not."""
     if got == wanted:
         return None
-    at = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    at = first_difference(got, wanted)
     near = slice(max(0, at - 30), at + 30)
     return f"it writes {wanted[near]!r} where {got[near]!r} would be"
 

@@ -14,6 +14,7 @@ from finetune_assets.export.gguf.form import short
 from finetune_assets.models.formats.gguf import Head, read_head
 from finetune_assets.models.formats.safetensors import Checkpoint
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.first_difference import first_difference
 from finetune_assets.store.digests import digest_of_file
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def check_prompt(ours: Sequence[int], theirs: Sequence[int], read: int | None, b
     if bos is not None and (found := _leading(theirs, bos)) != (wanted := _leading(ours, bos)):
         failures.append(Failure("begin of text", f"{found} begin-of-text tokens before a prompt", str(wanted)))
     if list(ours) != list(theirs):
-        at = next((at for at, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        at = min(len(ours), len(theirs)) if at is None else at
+        at = first_difference(ours, theirs)
         found = f"{len(theirs)} ids of a prompt, from place {at} on {list(theirs[at : at + 4])}"
         failures.append(Failure("prompt ids", found, f"{len(ours)} ids, {list(ours[at : at + 4])} there"))
     elif read is not None and read != len(ours):
@@ -205,6 +205,5 @@ def _words(head: Head, settings: Mapping[str, Any], eos: int | None) -> Iterator
 def _difference(found: str | None, wanted: str) -> str:
     if found is None:
         return "none"
-    at = next((at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
-    at = min(len(found), len(wanted)) if at is None else at
+    at = first_difference(found, wanted)
     return f"another one from character {at} on ({found[at : at + 20]!r} for {wanted[at : at + 20]!r})"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from finetune_assets.export.parity.checks.structure import ORDINARY, PLAIN, Failure, architecture
 from finetune_assets.inputs.json_text import read_model_json
 from finetune_assets.models.formats.gguf import Head
+from finetune_assets.reporting.first_difference import first_difference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -82,7 +83,6 @@ def _merges(head: Head, merged: Path) -> Iterator[Failure]:
     wanted = [pair if isinstance(pair, str) else " ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs]
     found = head.get("tokenizer.ggml.merges", [])
     if found != wanted:
-        at = next((at for at, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
-        at = min(len(found), len(wanted)) if at is None else at
+        at = first_difference(found, wanted)
         measured = f"{len(found)} merges, from {at} on {found[at : at + 2]}"
         yield Failure(CHECK, measured, f"{len(wanted)}, {wanted[at : at + 2]} there")
