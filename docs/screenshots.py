@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,15 +32,18 @@ def find_chromium() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+DAGSTER_DEV = (sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1")
+
+
 @contextmanager
-def webserver(project: Path, home: Path) -> Iterator[str]:
+def webserver(project: Path, home: Path, *, command: Sequence[str] = DAGSTER_DEV) -> Iterator[str]:
     """Dagster's web server with its daemon over a project, on a free loopback port; yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
-        [sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1", "-p", str(port)],
+        [*command, "--port", str(port)],
         cwd=Path(__file__).resolve().parent.parent,
         env={**os.environ, "FINETUNE_PROJECT": str(project), "DAGSTER_HOME": str(home)},
         stdout=subprocess.DEVNULL,

@@ -214,9 +214,17 @@ def test_one_can_talk_to_every_stage(chain: Chain):
     assert all(answers.values())
 
 
-def test_dagster_executes_the_same_job(chain: Chain):
-    done = subprocess.run(
+@pytest.mark.parametrize(
+    "command",
+    [
         [sys.executable, "-m", "dagster", "job", "execute", "-m", "finetune_assets.definitions", "-j", "mini_job"],
+        [str(Path(sys.executable).with_name("dg")), "launch", "--job", "mini_job", "--target-path", str(REPOSITORY)],
+    ],
+    ids=["dagster job execute", "dg launch"],
+)
+def test_dagster_executes_the_same_job(chain: Chain, command: list[str]):
+    done = subprocess.run(
+        command,
         env=chain.environment,
         cwd=chain.project.root,
         capture_output=True,
