@@ -17,7 +17,7 @@ from finetune_assets.lineage.plan import Planned
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.printable import human_size
 from finetune_assets.store.artifact import Artifact
-from finetune_assets.store.artifact_store import Artifact, ArtifactStore
+from finetune_assets.store.artifact_store import ArtifactStore
 
 if TYPE_CHECKING:
     from finetune_assets.cli.doctor import Check

@@ -23,7 +23,7 @@ from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
 from finetune_assets.reporting.masking import masked
 from finetune_assets.store.artifact import FINGERPRINT_LENGTH, Artifact, Fingerprint, ForeignEntry, Made
-from finetune_assets.store.digests import DigestCache, digest_of_files, files_below, open_regular
+from finetune_assets.store.digests import DigestCache, digest_of_files, files_below
 from finetune_assets.store.files import discard, fsync, set_aside, write_atomically
 from finetune_assets.store.manifest import MANIFEST, MANIFEST_VERSION, Unreadable, manifest_damage, read_manifest
 
