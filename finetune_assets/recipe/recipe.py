@@ -23,12 +23,9 @@ from pydantic import (
 )
 
 from finetune_assets.recipe.cron import cron_problem
+from finetune_assets.recipe.gguf_types import TYPES
 
-# Largest first; the order in which tables list them.
-GGUF_TYPES = (
-    *("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0"),
-    *("q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
-)
+GGUF_TYPES = tuple(TYPES)  # largest first
 DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
 LONGEST_PATH = 1000  # characters
 LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is called so
