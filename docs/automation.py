@@ -28,7 +28,7 @@ schedule:
 
 | | initial state | what it does |
 |---|---|---|
-| sensor `observe` | on | looks at recipes and data sets every {observe} s and reports changes to Dagster; starts no run |
+| sensor `observe` | on | checks recipes and data sets every {observe} s, reports changes to Dagster; starts no run |
 | sensor `<recipe>_retrain` | on with `schedule.on_change` | starts a run for stale assets |
 | schedule `<recipe>_schedule` | exists with `schedule.cron` | starts a run for stale assets, at its times |
 | sensor `failure_webhook` | on | posts failed runs to `FINETUNE_FAILURE_WEBHOOK`, if that is set |
@@ -41,11 +41,11 @@ The lineage begins with two kinds of nodes that nobody materialises:
 - `<recipe>/<asset>_config`: the recipe values and tool versions that one asset reads. Its page has the values and the
   plan's reasons.
 
-After an edit, `observe` reports their new versions, and the assets that read them become *stale*. You need not reload the
-code location.
+After an edit, `observe` reports their new versions, and the assets that read them become *stale*. You need not reload
+the code location.
 
-Dagster judges whole assets. It would call `ollama_model` stale after a new GGUF type that is not served, and it would not
-notice a damaged file. For this reason, `observe` reports the plan's verdicts to Dagster:
+Dagster judges whole assets. It would call `ollama_model` stale after a new GGUF type that is not served, and it would
+not notice a damaged file. For this reason, `observe` reports the plan's verdicts to Dagster:
 
 - An asset that is up to date in `finetune plan` gets a materialisation event without a run ("already published").
 - When a published file is damaged, the `_config` node has a special version until the file is repaired.
@@ -54,8 +54,8 @@ So badges and plan agree. The provenance of an asset names the versions that it 
 
 ## The retrain sensor
 
-The sensor asks the same plan as `finetune plan`: it compares published artifacts with what the recipe asks for. It does not
-miss a change that happens while it is off or while a run is active. It starts one run for all stale assets when
+The sensor asks the same plan as `finetune plan`: it compares published artifacts with what the recipe asks for. It does
+not miss a change that happens while it is off or while a run is active. It starts one run for all stale assets when
 
 - no run of the recipe is queued or active, however that run was started;
 - two looks in a row find the same state, so that half-copied files are not trained on;
@@ -67,13 +67,14 @@ A recipe that cannot be read fails the ticks of its own sensor, with the line an
 ## One device, many runs
 
 {children} compute in a child process, which releases all memory when it ends.
-In Dagster these assets share the pool `{pool}`. It has one slot; `dagster instance concurrency set {pool} N` gives it N.
+In Dagster these assets share the pool `{pool}`. It has one slot.
+`dagster instance concurrency set {pool} N` gives it N slots.
 A lock for each device also covers everything else of the same user on the machine: the command line, other checkouts,
 other instances. With several GPUs, each process gets its own GPU. `CUDA_VISIBLE_DEVICES` limits which GPUs are used.
 
-Cancelling a run, in the UI or with Ctrl-C, ends the child process and its children: TERM, {grace:.0f} seconds, KILL. The
-same happens when the run's own process dies. A killed run cannot report its end; `observe`, the retrain sensors and the
-next `finetune run` detect that its process is gone, mark it as failed and free its slots.
+Cancelling a run, in the UI or with Ctrl-C, ends the child process and its children: TERM, {grace:.0f} seconds, KILL.
+The same happens when the run's own process dies. A killed run cannot report its end; `observe`, the retrain
+sensors and the next `finetune run` detect that its process is gone, mark it as failed and free its slots.
 
 ## Notifications of failures
 
