@@ -1,6 +1,6 @@
-# Three doors: `make demo`, `make test`, `make ui`. Nothing to do before them but to have Python 3.11 or 3.12.
-# TORCH_INDEX=URL  takes torch from that package index (a CUDA build, say).
-# PYTHON=python3.12  chooses the interpreter.
+# `make demo`, `make ui`, `make check`, `make test`. The only prerequisite is Python 3.11 or 3.12.
+# TORCH_INDEX=URL  installs torch from that package index, for example a CUDA build.
+# PYTHON=python3.12  selects the interpreter.
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
@@ -9,17 +9,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 
-.PHONY: help install demo test ui clean
+.PHONY: help install demo check lint types fast test ui clean
 
 help:
-	@echo "make demo   train the demo model and put it into Ollama (minutes, on a CPU)"
-	@echo "make test   ruff, type checker, tests"
-	@echo "make ui     the Dagster UI on http://127.0.0.1:3000"
-	@echo "make clean  forget what was made (dagster_home), keep the environment"
+	@echo "make demo   train the demo model and create it in Ollama (minutes, on a CPU)"
+	@echo "make ui     start the Dagster UI on http://127.0.0.1:3000"
+	@echo "make check  linters, type checker, fast tests (less than a minute)"
+	@echo "make test   everything (less than 25 minutes)"
+	@echo "make clean  delete what was built (dagster_home), keep the environment"
 
 install: .venv/.installed
 
-# torch first: asked for by another package, pip would take a build with gigabytes of CUDA libraries.
+# torch first: as a dependency of another package, pip would install a build with gigabytes of CUDA libraries.
 .venv/.installed: constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and was not found; set PYTHON=/path/to/python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -39,10 +40,22 @@ endif
 demo: install
 	$(BIN)/finetune run demo
 
-test: .venv/.installed-dev
+# the type checker takes one core, the tests the other
+check: .venv/.installed-dev
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync lint types fast
+
+lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/.installed-dev
 	$(BIN)/basedpyright
+
+fast: .venv/.installed-dev
+	$(BIN)/pytest --fast
+
+# the demo alone, last: its training needs all cores
+test: lint types
 	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/whole/test_demo.py
 	$(BIN)/pytest tests/whole/test_demo.py
 

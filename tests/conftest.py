@@ -20,12 +20,24 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.recipe.project import Project
 from tests.support.tiny_model import tiny_model
 
+SLOW = "pytestmark = pytest.mark.slow"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
 os.environ["OLLAMA_HOST"] = "127.0.0.1:9"  # nor to a server that happens to run here
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="finetune-tests-")
 os.environ["TMPDIR"] = _TEMPORARY.name  # what tests start does not wait for a device that is in use here
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="leave out the files marked slow, without importing them")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Ignore a file that is marked slow: what it imports takes seconds, even when none of its tests runs."""
+    if not config.getoption("--fast") or collection_path.suffix != ".py":
+        return None
+    return SLOW in collection_path.read_text(encoding="utf-8") or None
 
 
 def shared_cache() -> Path:
