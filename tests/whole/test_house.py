@@ -41,11 +41,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("worker",),
         ("training", "evaluation", "export"),
         ("data", "models"),
-        ("chat",),
-        ("recipe",),
+        ("chat", "store"),
+        ("recipe", "machine"),
         ("inputs",),
-        ("store",),
-        ("machine",),
         ("reporting",),
     ),
     "export": (
