@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.chat.pinning import pinned, pins
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.server.api import answers
 from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.export.ollama.template.choice import served_by
-from finetune_assets.export.ollama.template.derive import battery, render_jinja
+from finetune_assets.export.ollama.template.derive import battery
 from finetune_assets.export.ollama.template.proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.template_files import SPECIALS, letters_file, published

@@ -6,7 +6,8 @@ begin-of-text token before a prompt whose template has none, or does not stop at
 
 from __future__ import annotations
 
-from finetune_assets.export.ollama.template.derive import render_jinja, special_tokens
+from finetune_assets.chat.rendering import render_jinja
+from finetune_assets.export.ollama.template.derive import special_tokens
 from finetune_assets.models.formats.gguf import BOOL, UINT32, Head
 
 ADD_BOS = "tokenizer.ggml.add_bos_token"

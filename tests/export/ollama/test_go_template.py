@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.modelfile import OllamaModel, modelfile, parameters
 from finetune_assets.export.ollama.template import go_eval
-from finetune_assets.export.ollama.template.derive import battery, derive, go_data, render_jinja
+from finetune_assets.export.ollama.template.derive import battery, derive, go_data
 from finetune_assets.recipe import OllamaSection
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.export_fixtures import CHATML

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune_assets.chat.pinning import pinned, pins
-from finetune_assets.export.ollama.template.derive import render_jinja
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.template.proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.export_fixtures import CHATML

@@ -12,8 +12,8 @@ import pytest
 
 from docs.templates import COLUMNS, HEAD, Row, counted, ordinary, row_of, serve_bytes, totals
 from finetune_assets.chat.pinning import pinned
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.server.temporary import serving
-from finetune_assets.export.ollama.template.derive import render_jinja
 from tests.conftest import REPOSITORY
 from tests.support.export_fixtures import CHATML
 from tests.support.ollama_fixtures import needs_server

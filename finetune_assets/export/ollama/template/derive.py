@@ -12,13 +12,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune_assets.chat.pinning import pins
-from finetune_assets.chat.template_limits import rendering
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.template import go_eval
 from finetune_assets.models.formats.gguf import Head, read_head
-from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.first_difference import first_difference
 
 Messages = list[dict[str, str]]
@@ -189,33 +188,6 @@ def _tells_of_tools(template: str, specials: Mapping[str, str]) -> bool:
         return name in render_jinja(template, [{"role": "user", "content": "hello"}], specials, tools=[tool])
     except TemplateError:
         return False
-
-
-def render_jinja(
-    template: str,
-    messages: Sequence[Mapping[str, str]],
-    specials: Mapping[str, str],
-    *,
-    generation: bool = True,
-    tools: list[dict[str, Any]] | None = None,
-) -> str:
-    """The prompt that transformers makes, in its sandbox. jinja2.TemplateError where the template refuses."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    conversation = [dict(message) for message in messages]
-    # Llama 3's templates take today's date unless they are told one.
-    given: dict[str, Any] = {**specials, "date_string": "26 Jul 2024", "tools": tools}
-    try:
-        with rendering():
-            rendered = render_jinja_template(
-                [conversation], chat_template=template, add_generation_prompt=generation, **given
-            )
-    except (TemplateError, BadInput):
-        raise
-    except Exception as error:  # the template's own: it takes messages to be of another form, say
-        raise TemplateError(str(error)) from error
-    return rendered[0][0]
 
 
 def go_data(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:

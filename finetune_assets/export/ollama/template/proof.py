@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.gguf.bare_file import CONTEXT, write_bare
 from finetune_assets.export.ollama.template.choice import Choice, jinja_capabilities, served_by
 from finetune_assets.export.ollama.template.derive import (
@@ -22,7 +23,6 @@ from finetune_assets.export.ollama.template.derive import (
     battery,
     derive,
     differs,
-    render_jinja,
     special_tokens,
 )
 from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine
