@@ -29,7 +29,8 @@ from finetune_assets.export.ollama.server.api import show
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
 from finetune_assets.export.parity import merged as merge_check
 from finetune_assets.export.parity.checks.structure import check_file
-from finetune_assets.export.parity.prove import MAX_KL, Reference, examine, judge, refer
+from finetune_assets.export.parity.limits import MAX_KL, judge
+from finetune_assets.export.parity.prove import Reference, examine, refer
 from finetune_assets.lineage.plan import open_store
 from finetune_assets.machine.cores import cores
 from finetune_assets.machine.device import choose_device

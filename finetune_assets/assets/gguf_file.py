@@ -15,8 +15,9 @@ from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.make import bytes_decided_by, figures_decided_by, make_gguf
 from finetune_assets.export.gguf.quantise import WEIGHED
+from finetune_assets.export.parity.limits import Figures, near_the_base
 from finetune_assets.export.parity.picture import draw
-from finetune_assets.export.parity.prove import CHECKS, Figures, near_the_base
+from finetune_assets.export.parity.prove import CHECKS
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.models import base_model
 from finetune_assets.store.artifact import Artifact, Made

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
-from finetune_assets.export.parity.prove import near_the_base
+from finetune_assets.export.parity.limits import near_the_base
 from finetune_assets.lineage.graph import NODES
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.export.parity.checks.structure import Failure
+from finetune_assets.export.parity.checks.failure import Failure
 from finetune_assets.export.parity.held_out import choose, logits, suited
 from finetune_assets.models.decoding import load_chat, load_model
 from finetune_assets.models.formats.safetensors import Checkpoint

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.export.parity.checks.failure import Failure
 from finetune_assets.export.parity.checks.positions import check_positions
-from finetune_assets.export.parity.checks.structure import EXACT, Failure, check_file, check_head, check_prompt
+from finetune_assets.export.parity.checks.prompts import check_prompt
+from finetune_assets.export.parity.checks.structure import EXACT, check_file, check_head
 from finetune_assets.export.parity.checks.vocabulary import check_vocabulary
 from finetune_assets.export.parity.checks.weights import check_weights
 from finetune_assets.export.parity.held_out import LONGEST, Point, choose, logits, suited
+from finetune_assets.export.parity.limits import UNQUANTISED, Figures, judge
 from finetune_assets.models.decoding import context_length, load_chat, load_model
 from finetune_assets.models.engines.llama_cpp_probe import Distribution, ProbeEngine
 from finetune_assets.models.formats.gguf import Head
@@ -34,28 +37,6 @@ if TYPE_CHECKING:
     from finetune_assets.machine.device import Device, Precision
 
 CHECKS = (*EXACT, "kl")
-
-# Largest mean KL, in nats per token, at which a file still counts as the merged model. Published for a model of 8B on
-# encyclopaedic text: q8_0 0.0014, q6_k 0.0055, q5_k_m 0.011, q4_k_m 0.031, q4_0 0.072, q3_k_m 0.10, q2_k 0.45. Small
-# models suffer more, and these leave room for them. Measured, on held-out rows of the demo (nats):
-#     f16      q8_0     q6_k     q5_k_m   q5_0     q4_k_m   q4_0     q3_k_m   q3_k_s   q2_k
-#     0.00004  0.0046   0.013    0.16     0.094    0.058    0.28     0.16     0.51     0.51    SmolLM2-135M, tuned
-#     0.00008  0.0007   0.0014   0.0098   0.0086   0.0046   0.085    0.057    0.15     0.12    Qwen2.5-Coder-0.5B
-#     0.00002  0.0044   0.011    0.057    0.044    0.0082   0.43     0.23     -        -       Gemma 3 270M
-# The unquantised types differ by the rounding of activations and of llama.cpp's float16 cache only; where that sends a
-# token to another expert of a mixture, by a little more (0.0011 in a tiny qwen3moe).
-#
-# A file of the right weights may be beyond its limit, and rightly so: the demo's base was rounded to q4_1 once, and to
-# round its tuned model to q4_1 again gives the base back. That file is at 1.24 from the model it was made of, at 0.03
-# from the base, and does not know the name that it was taught (q5_1, of half the steps: 0.35).
-MAX_KL = {
-    "f32": 0.003, "f16": 0.003, "bf16": 0.005, "q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.25, "q5_k_s": 0.25,
-    "q5_1": 0.25, "q5_0": 0.25, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.75, "q3_k_m": 0.75,
-    "q3_k_s": 1.0, "q2_k": 2.0,
-}  # fmt: skip
-NEAR_THE_BASE = 0.5  # of what training changed: with more rounding than that, a file may say what the base says
-UNQUANTISED = ("f32", "f16", "bf16")  # too little is rounded away for a model to say other things
-HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -86,27 +67,6 @@ class Reference:
     letter: int
     logprobs: np.ndarray
     precision: Precision
-
-
-@dataclass(frozen=True)
-class Figures:
-    """How near a GGUF file is to the merged model.
-
-    Attributes:
-        kl: mean KL(merged || GGUF) of the next token, nats.
-        top1: share of the points at which both have the same favourite.
-        ppl_ratio: perplexity of the GGUF at the points, divided by the merged model's.
-        tokens_per_second: of decoding here, for information.
-        points: places compared.
-        reference: precision of the merged model's computation.
-    """
-
-    kl: float
-    top1: float
-    ppl_ratio: float
-    tokens_per_second: float
-    points: int
-    reference: str
 
 
 def prove(
@@ -214,29 +174,6 @@ def check_content(head: Head, file: Path, reference: Reference) -> list[Failure]
         *check_vocabulary(head, merged, config, tokenizer),
         *check_positions(head, file, config),
         *check_weights(head, file, merged),
-    ]
-
-
-def judge(kind: str, figures: Figures, max_kl: Mapping[str, float]) -> list[Failure]:
-    """Whether a type's KL is one that its rounding explains (check `kl`)."""
-    allowed = max_kl.get(kind, MAX_KL[kind] + (0 if figures.reference == "fp32" else HALF_PRECISION))
-    if figures.kl <= allowed:  # not so for NaN
-        return []
-    return [Failure("kl", f"mean KL divergence {figures.kl:.4g} nats per token", f"{allowed:g}")]
-
-
-def near_the_base(kl: Mapping[str, float], changed: float) -> list[str]:
-    """A warning for each type whose rounding is large beside what training changed.
-
-    Args:
-        kl: type -> mean KL(merged || GGUF), nats.
-        changed: mean KL(merged || base), nats.
-    """
-    return [
-        f"{kind}: its rounding ({much:.2g} nats per token) is large beside what training changed ({changed:.2g}): "
-        "ask the file whether it still knows what it was taught"
-        for kind, much in kl.items()
-        if much > NEAR_THE_BASE * changed
     ]
 
 

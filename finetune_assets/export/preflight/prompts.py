@@ -17,7 +17,7 @@ from finetune_assets.export.gguf.bare_file import CONTEXT, write_bare
 from finetune_assets.export.gguf.chat_metadata import corrected
 from finetune_assets.export.ollama.template.derive import adds_bos, special_tokens
 from finetune_assets.export.ollama.template.proof import prove
-from finetune_assets.export.parity.checks.structure import check_prompt
+from finetune_assets.export.parity.checks.prompts import check_prompt
 from finetune_assets.export.parity.held_out import choose
 from finetune_assets.models.decoding import Chat
 from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine

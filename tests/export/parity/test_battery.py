@@ -26,10 +26,12 @@ from finetune_assets.export.ollama.server.api import digests, show
 from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.export.ollama.verify import verify
 from finetune_assets.export.parity import merged as merge_check
-from finetune_assets.export.parity.checks.structure import PLAIN, architecture, check_file
+from finetune_assets.export.parity.checks.architecture import PLAIN, architecture
+from finetune_assets.export.parity.checks.structure import check_file
 from finetune_assets.export.parity.checks.weights import check_weights
 from finetune_assets.export.parity.held_out import POINTS
-from finetune_assets.export.parity.prove import CHECKS, Figures, Reference, check_content, examine, judge, refer
+from finetune_assets.export.parity.limits import Figures, judge
+from finetune_assets.export.parity.prove import CHECKS, Reference, check_content, examine, refer
 from finetune_assets.machine.device import choose_device
 from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
 from finetune_assets.reporting.errors import StepFailed

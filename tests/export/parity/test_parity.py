@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from finetune_assets.export.gguf.make import make_gguf
-from finetune_assets.export.parity import prove as parity
 from finetune_assets.export.parity.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
+from finetune_assets.export.parity.limits import MAX_KL, Figures, judge
 from finetune_assets.export.parity.picture import draw
-from finetune_assets.export.parity.prove import Figures, divergence, examine, judge, prove, refer
+from finetune_assets.export.parity.prove import divergence, examine, prove, refer
 from finetune_assets.machine.device import choose_device
 from finetune_assets.models.decoding import load_chat
 from finetune_assets.models.engines.llama_cpp_probe import Distribution
@@ -186,7 +186,7 @@ def test_a_merged_model_too_large_for_float32_is_computed_as_it_is_stored(merged
 
 
 def test_the_picture_is_small_and_the_same_every_time(tmp_path: Path) -> None:
-    types = {kind: (10**9 // (place + 1), 10.0 ** (place - 17)) for place, kind in enumerate(parity.MAX_KL)}
+    types = {kind: (10**9 // (place + 1), 10.0 ** (place - 17)) for place, kind in enumerate(MAX_KL)}
     for name in ("a.png", "b.png"):
         draw(tmp_path / name, types | {"f32": (10**9, 0.0)})
     content = (tmp_path / "a.png").read_bytes()
@@ -197,8 +197,8 @@ def test_the_picture_is_small_and_the_same_every_time(tmp_path: Path) -> None:
 def test_every_type_has_a_limit_and_rounder_types_have_wider_ones() -> None:
     from finetune_assets.recipe import GGUF_TYPES
 
-    assert list(parity.MAX_KL) == list(GGUF_TYPES)
-    limits = [limit for kind, limit in parity.MAX_KL.items()]
+    assert list(MAX_KL) == list(GGUF_TYPES)
+    limits = [limit for kind, limit in MAX_KL.items()]
     assert limits == sorted(limits)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.export.parity.checks.structure import PLAIN, Failure, architecture, same
+from finetune_assets.export.parity.checks.architecture import PLAIN, architecture
+from finetune_assets.export.parity.checks.failure import Failure
+from finetune_assets.export.parity.checks.structure import same
 from finetune_assets.models.formats.gguf import Head
 
 if TYPE_CHECKING:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.export.gguf.form import short
+from finetune_assets.export.parity.checks.architecture import EXPERT, PLAIN, TEXT_PART, architecture, renamed
+from finetune_assets.export.parity.checks.failure import Failure
 from finetune_assets.models.formats.gguf import Head, read_head
 from finetune_assets.models.formats.safetensors import Checkpoint
 from finetune_assets.reporting.errors import StepFailed
@@ -25,11 +25,6 @@ EXACT = (
     "chat template", "stop tokens", "begin of text", "prompt ids",
 )  # fmt: skip
 
-# Architectures whose tensors the converter renames and stacks, but neither fuses, splits nor pads: all their weights
-# can be found again in the file (see weight_check).
-PLAIN = {"gemma3", "llama", "qwen2", "qwen3", "qwen3moe", "smollm3"}
-TEXT_PART = "language_model."  # in the names of a model that has other parts, too
-EXPERT = re.compile(r"\.experts\.(\d+)\.")
 # Tensors that a file may have although the model has none: made of the configuration.
 COMPUTED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # GGUF key, behind the architecture's name -> key of the configuration
@@ -45,18 +40,6 @@ DIMENSIONS = {
 ONLY_OF = {"attention.sliding_window": "gemma3"}  # the others read all of a text in llama.cpp
 STOPS = ("eos", "eot", "eom")
 ORDINARY = 1  # kind of a token that is a piece of text
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A check that a file did not pass, in words: what was found, and what would have been right."""
-
-    check: str
-    measured: str
-    allowed: str
-
-    def __str__(self) -> str:
-        return f"{self.check}: {self.measured}, allowed: {self.allowed}"
 
 
 def check_file(gguf: Path, sha256: str | None = None) -> tuple[Head | None, list[Failure]]:
@@ -93,47 +76,6 @@ def check_head(
     plain = [*_tensors(head, merged, config), *_dimensions(head, config)] if architecture(head) in PLAIN else []
     eos = tokenizer.eos_token_id
     return [*plain, *_words(head, settings, eos if isinstance(eos, int) else None)]
-
-
-def check_prompt(ours: Sequence[int], theirs: Sequence[int], read: int | None, bos: int | None) -> list[Failure]:
-    """Begin-of-text tokens at the start of a prompt, then all of its ids.
-
-    Args:
-        ours: the Hugging Face tokenizer's, of the prompt that training's template renders.
-        theirs: llama.cpp's, of the prompt that the file's template renders.
-        read: how many tokens a chat completion of the same messages read, where that was tried.
-    """
-    failures: list[Failure] = []
-    if bos is not None and (found := _leading(theirs, bos)) != (wanted := _leading(ours, bos)):
-        failures.append(Failure("begin of text", f"{found} begin-of-text tokens before a prompt", str(wanted)))
-    if list(ours) != list(theirs):
-        at = first_difference(ours, theirs)
-        found = f"{len(theirs)} ids of a prompt, from place {at} on {list(theirs[at : at + 4])}"
-        failures.append(Failure("prompt ids", found, f"{len(ours)} ids, {list(ours[at : at + 4])} there"))
-    elif read is not None and read != len(ours):
-        failures.append(Failure("prompt ids", f"{read} tokens read by a chat completion", str(len(ours))))
-    return failures
-
-
-def _leading(ids: Sequence[int], token: int) -> int:
-    return next((at for at, found in enumerate(ids) if found != token), len(ids))
-
-
-def architecture(head: Head) -> str:
-    """The file's, by its name in llama.cpp."""
-    return str(head.get("general.architecture"))
-
-
-def renamed(head: Head) -> Callable[[str], str | None]:
-    """From a Hugging Face tensor's name to GGUF's, for an architecture of `PLAIN`; experts of a layer share one."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    numbers = {name: number for number, name in MODEL_ARCH_NAMES.items()}
-    blocks = head.get(f"{architecture(head)}.block_count")
-    blocks = min(blocks, len(head.tensors)) if isinstance(blocks, int) else 0
-    names = get_tensor_name_map(numbers[architecture(head)], blocks)
-    suffixes = (".weight", ".bias")
-    return lambda name: names.get_name(EXPERT.sub(".experts.", name.replace(TEXT_PART, "")), try_suffixes=suffixes)
 
 
 def _tensors(head: Head, merged: Path, config: PreTrainedConfig) -> Iterator[Failure]:

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune_assets.export.parity.checks.structure import ORDINARY, PLAIN, Failure, architecture
+from finetune_assets.export.parity.checks.architecture import PLAIN, architecture
+from finetune_assets.export.parity.checks.failure import Failure
+from finetune_assets.export.parity.checks.structure import ORDINARY
 from finetune_assets.inputs.json_text import read_model_json
 from finetune_assets.models.formats.gguf import Head
 from finetune_assets.reporting.first_difference import first_difference

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.export.gguf.form import short
-from finetune_assets.export.parity.checks.structure import EXPERT, PLAIN, Failure, architecture, renamed
+from finetune_assets.export.parity.checks.architecture import EXPERT, PLAIN, architecture, renamed
+from finetune_assets.export.parity.checks.failure import Failure
 from finetune_assets.machine.cores import cores
 from finetune_assets.models.formats.gguf import Head, Tensor
 from finetune_assets.models.formats.safetensors import Checkpoint

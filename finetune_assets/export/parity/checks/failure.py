@@ -1,0 +1,17 @@
+"""A check that a file did not pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A check that a file did not pass, in words: what was found, and what would have been right."""
+
+    check: str
+    measured: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.measured}, allowed: {self.allowed}"

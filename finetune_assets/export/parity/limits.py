@@ -1,0 +1,63 @@
+"""Limits of the divergence of a GGUF file from its merged model, and the figures that are held against them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from finetune_assets.export.parity.checks.failure import Failure
+
+# Largest mean KL, in nats per token, at which a file still counts as the merged model. How they were found, and why a
+# file of the right weights may be beyond its limit: docs/decisions.md#limits-of-the-kl-divergence-of-gguf-types
+MAX_KL = {
+    "f32": 0.003, "f16": 0.003, "bf16": 0.005, "q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.25, "q5_k_s": 0.25,
+    "q5_1": 0.25, "q5_0": 0.25, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.75, "q3_k_m": 0.75,
+    "q3_k_s": 1.0, "q2_k": 2.0,
+}  # fmt: skip
+NEAR_THE_BASE = 0.5  # of what training changed: with more rounding than that, a file may say what the base says
+UNQUANTISED = ("f32", "f16", "bf16")  # too little is rounded away for a model to say other things
+HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How near a GGUF file is to the merged model.
+
+    Attributes:
+        kl: mean KL(merged || GGUF) of the next token, nats.
+        top1: share of the points at which both have the same favourite.
+        ppl_ratio: perplexity of the GGUF at the points, divided by the merged model's.
+        tokens_per_second: of decoding here, for information.
+        points: places compared.
+        reference: precision of the merged model's computation.
+    """
+
+    kl: float
+    top1: float
+    ppl_ratio: float
+    tokens_per_second: float
+    points: int
+    reference: str
+
+
+def judge(kind: str, figures: Figures, max_kl: Mapping[str, float]) -> list[Failure]:
+    """Whether a type's KL is one that its rounding explains (check `kl`)."""
+    allowed = max_kl.get(kind, MAX_KL[kind] + (0 if figures.reference == "fp32" else HALF_PRECISION))
+    if figures.kl <= allowed:  # not so for NaN
+        return []
+    return [Failure("kl", f"mean KL divergence {figures.kl:.4g} nats per token", f"{allowed:g}")]
+
+
+def near_the_base(kl: Mapping[str, float], changed: float) -> list[str]:
+    """A warning for each type whose rounding is large beside what training changed.
+
+    Args:
+        kl: type -> mean KL(merged || GGUF), nats.
+        changed: mean KL(merged || base), nats.
+    """
+    return [
+        f"{kind}: its rounding ({much:.2g} nats per token) is large beside what training changed ({changed:.2g}): "
+        "ask the file whether it still knows what it was taught"
+        for kind, much in kl.items()
+        if much > NEAR_THE_BASE * changed
+    ]
