@@ -13,12 +13,13 @@ import dagster as dg
 
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf import imatrix_file
-from finetune_assets.export.gguf.make import bytes_decided_by, figures_decided_by, make_gguf
+from finetune_assets.export.gguf.make import make_gguf
 from finetune_assets.export.gguf.quantise import WEIGHED
 from finetune_assets.export.parity.limits import Figures, near_the_base
 from finetune_assets.export.parity.picture import draw
 from finetune_assets.export.parity.prove import CHECKS
 from finetune_assets.lineage.materialise import Step
+from finetune_assets.lineage.nodes.gguf_file import kept_figures, kept_files
 from finetune_assets.models import base_model
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
@@ -102,24 +103,18 @@ def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, tup
     if "imatrix" in previous.metrics:
         there[imatrix_file.FILE] = imatrix_file.FILE
     made, digests = previous.manifest["ingredients"], previous.manifest["files"]
-    return {
-        kind: (previous.path / file, digests[file]["sha256"])
-        for kind, file in there.items()
-        if bytes_decided_by(made, kind) == bytes_decided_by(wanted, kind)
-    }
+    kept = kept_files(made, wanted, there)
+    return {kind: (previous.path / file, digests[file]["sha256"]) for kind, file in there.items() if kind in kept}
 
 
 def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The previous artifact's figures of files that are kept, if nothing else has changed that they depend on."""
     if previous is None:
         return {}
-    made = previous.manifest["ingredients"]
+    types = previous.metrics["types"]
     names = [field.name for field in dataclasses.fields(Figures)]
-    return {
-        kind: {name: entry[name] for name in names}
-        for kind, entry in previous.metrics["types"].items()
-        if figures_decided_by(made, kind) == figures_decided_by(wanted, kind)
-    }
+    kept = kept_figures(previous.manifest["ingredients"], wanted, types)
+    return {kind: {name: entry[name] for name in names} for kind, entry in types.items() if kind in kept}
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

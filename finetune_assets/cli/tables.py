@@ -11,9 +11,10 @@ from rich.text import Text
 from rich.tree import Tree
 
 from finetune_assets.export.serving_commands import commands
-from finetune_assets.lineage.estimate import Cost, Total
+from finetune_assets.lineage.cost import Cost
+from finetune_assets.lineage.estimate import Total
 from finetune_assets.lineage.graph import NODES
-from finetune_assets.lineage.plan import Planned
+from finetune_assets.lineage.planned import Planned
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.printable import human_size
 from finetune_assets.store.artifact import Artifact

@@ -6,24 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.export.ollama.publish import OWN_STORE
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.artifact_store import ArtifactStore
-
-# The metrics worth reading first; a dot leads into a mapping.
-MAIN = {
-    "dataset_info": ("rows.train", "rows.validation", "rows.test", "duplicates_dropped"),
-    "base_model": ("source", "revision", "architecture"),
-    "lora_adapter": ("rows", "steps", "final_loss", "validation_loss", "tokens_per_second", "peak_memory_gib"),
-    "eval_metrics": tuple(
-        f"{side}.{name}" for name in ("bleu-4", "rouge-1", "rouge-l", "perplexity") for side in ("base", "tuned")
-    ),
-    "merged_model": ("method", "tensors", "bytes"),
-    "gguf_file": ("types",),
-    "ollama_model": ("name", "digest", "where", "place"),
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +45,7 @@ class Ancestor:
             "seed": manifest.get("seed"),
             "device": metrics.get("device"),
             "precision": metrics.get("precision"),
-            "metrics": _main(self.asset, metrics),
+            "metrics": _headline(self.asset, metrics),
             "rows": self._rows(manifest, made),
             "inputs": manifest.get("inputs"),
         }
@@ -94,14 +80,5 @@ def ancestry(recipe: str, asset: str, store: ArtifactStore) -> list[Ancestor]:
     return sorted(found.values(), key=lambda item: order.get(item.asset, -1), reverse=True)
 
 
-def _main(asset: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in MAIN.get(asset, ()):
-        value: Any = metrics
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            found[name] = value
-    if "place" in found and metrics.get("where") == "store":
-        found["place"] = OWN_STORE  # an earlier release recorded the folder of its day
-    return found
+def _headline(asset: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(NODES[asset].headline(metrics)) if asset in NODES else {}

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from finetune_assets.lineage.graph import Node
+from finetune_assets.lineage.node import Node
 from finetune_assets.recipe import Recipe, Section
 from finetune_assets.store.artifact import Artifact, Fingerprint
 
@@ -62,6 +62,12 @@ def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
 def default(section: Section, field: str) -> Any:
     """The value of a section's key when the recipe does not give it; PydanticUndefined where it has to."""
     return type(section).model_fields[field].get_default(call_default_factory=True)
+
+
+def value_then(past: Artifact, recipe: Recipe, key: str) -> Any:
+    """Return the value that a recipe key had when an artifact was made."""
+    section, _, field = key.partition(".")
+    return past.manifest["ingredients"]["recipe"].get(key, default(getattr(recipe, section), field))
 
 
 def differences(

@@ -11,7 +11,8 @@ from typing import Any
 
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.identity import fingerprint
-from finetune_assets.lineage.plan import Planned, make_plan, open_store, sources_of, trouble
+from finetune_assets.lineage.plan import invalid_reason, make_plan, open_store, sources_of
+from finetune_assets.lineage.planned import Planned
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
@@ -89,7 +90,7 @@ def materialise(
     with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
         # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
         artifact = store.get(recipe.name, asset, wanted.hex)
-        if artifact is not None and not force and trouble(artifact, project, store.digests) is None:
+        if artifact is not None and not force and invalid_reason(artifact, project, store.digests) is None:
             return _done(store, artifact, inputs)
         for name, used in inputs.items():
             # found before the lock was held, which is what keeps a collection from removing them

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from finetune_assets.export.ollama.server import api as ollama_server
-from finetune_assets.lineage.estimate import Cost, costs
+from finetune_assets.lineage.cost import Cost
+from finetune_assets.lineage.estimate import costs
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.plan import make_plan
 from finetune_assets.machine.disk import free_bytes, same_disk
-from finetune_assets.models.base_model import announced
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
@@ -32,17 +31,9 @@ def check_prerequisites(
     Raises:
         StepFailed: the disk is too small for them, or OLLAMA_HOST names something that is no Ollama server.
     """
-    if "ollama_model" in assets:
-        _check_server()
+    for name in assets:
+        NODES[name].check_ready()
     _check_disk(recipe, project, store, assets, forced)
-
-
-def _check_server() -> None:
-    try:
-        ollama_server.answers(ollama_server.configured_host())
-    except StepFailed as error:
-        if not isinstance(error.__cause__, TimeoutError):  # it may have time when it is needed
-            raise
 
 
 def _check_disk(
@@ -55,20 +46,20 @@ def _check_disk(
     plan = make_plan(recipe, project, store, upto="gguf_file")
     wanted = {*assets, *forced}
     fetches = "base_model" in wanted and (plan["base_model"].artifact is None or "base_model" in forced)
-    hub = announced(recipe.model, project.root) if fetches else None
     needed: dict[str, Cost] = {}
-    for name, cost in costs(recipe, project, plan, store, also=forced, announced=hub).items():
+    for name, cost in costs(recipe, project, plan, store, also=forced, ask_hub=fetches).items():
         anew = any(up.asset in needed and up.asset in WEIGHTS for up in NODES[name].upstreams)
         if name in wanted and (anew or plan[name].state != "maybe"):
             needed[name] = cost
     parts = {name: cost.bytes for name, cost in needed.items() if cost.bytes}
     scratch = max((cost.scratch for cost in needed.values()), default=0)
-    if hub is not None and hub.missing:
-        download = {"the download of base_model": hub.missing}
-        if same_disk(hub.cache, project.store):
-            parts |= download
-        else:
-            _check_room(recipe, download, 0, hub.cache, "HF_HOME")
+    for name, cost in needed.items():
+        if (download := cost.download) is not None:
+            fetched = {f"the download of {name}": download.bytes}
+            if same_disk(download.cache, project.store):
+                parts |= fetched
+            else:
+                _check_room(recipe, fetched, 0, download.cache, "HF_HOME")
     _check_room(recipe, parts, scratch, project.store, "finetune gc frees what nothing needs; DAGSTER_HOME")
 
 

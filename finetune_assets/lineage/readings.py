@@ -8,7 +8,8 @@ from typing import Any
 
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.identity import own_ingredients
-from finetune_assets.lineage.plan import Planned, make_plan, open_store, sources_of
+from finetune_assets.lineage.plan import make_plan, open_store, sources_of
+from finetune_assets.lineage.planned import Planned
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.store.digests import digest_of
@@ -24,27 +25,29 @@ class Reading:
     Args:
         values: recipe values, tool versions and sources other than data files.
         files: data set -> digest of its registry entry and its file.
-        trouble: why the artifact that these values ask for, though published, is no good any more.
+        invalid_reason: why the published artifact for these values is no longer valid.
     """
 
     values: Mapping[str, Any]
     files: Mapping[str, str]
-    trouble: str | None = None
+    invalid_reason: str | None = None
 
     @property
     def version(self) -> str:
-        """Equal versions, equal values; a version of its own while there is trouble."""
-        return digest_of([dict(self.values), self.trouble] if self.trouble else dict(self.values))[:LENGTH]
+        """Equal versions, equal values; a version of its own while the artifact is invalid."""
+        return digest_of([dict(self.values), self.invalid_reason] if self.invalid_reason else dict(self.values))[
+            :LENGTH
+        ]
 
 
-def reading_of(asset: str, ingredients: Mapping[str, Any], trouble: str | None = None) -> Reading:
+def reading_of(asset: str, ingredients: Mapping[str, Any], invalid_reason: str | None = None) -> Reading:
     """What the ingredients of a fingerprint say."""
     files = dict(ingredients["sources"]) if asset == FILES else {}
     values = {key: ingredients[key] for key in ("recipe", "tools")}
     return Reading(
         {**values, "sources": {} if files else dict(ingredients["sources"])},
         {name: digest[:LENGTH] for name, digest in files.items()},
-        trouble,
+        invalid_reason,
     )
 
 
@@ -84,6 +87,6 @@ def observe(recipe: Recipe, project: Project) -> Observed:
         ingredients = own_ingredients(node, recipe, sources_of(node, recipe, project, store.digests))
         item = plan[name]
         published = item.wanted is not None and store.get(recipe.name, name, item.wanted) is not None
-        trouble = "; ".join(item.reasons) if published and item.state != "fresh" else None
-        readings[name] = reading_of(name, ingredients, trouble)
+        invalid_reason = "; ".join(item.reasons) if published and item.state != "fresh" else None
+        readings[name] = reading_of(name, ingredients, invalid_reason)
     return Observed(recipe, project, plan, readings)

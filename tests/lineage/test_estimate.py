@@ -11,8 +11,12 @@ import pytest
 
 from finetune_assets.cli.tables import plan_total
 from finetune_assets.export.gguf.type_policy import tensor_types
-from finetune_assets.lineage.estimate import BITS, Cost, Total, costs, count_rows, total, weights_of
+from finetune_assets.lineage.cost import Cost
+from finetune_assets.lineage.estimate import Total, costs, total
 from finetune_assets.lineage.materialise import Step
+from finetune_assets.lineage.nodes.base_model import weights_of
+from finetune_assets.lineage.nodes.gguf_file import BITS
+from finetune_assets.lineage.nodes.raw_dataset import count_rows
 from finetune_assets.lineage.plan import make_plan
 from finetune_assets.machine.disk import free_bytes
 from finetune_assets.models.formats.gguf import Tensor

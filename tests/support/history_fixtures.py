@@ -12,7 +12,8 @@ from finetune_assets.assets.ollama_model import OLLAMA_MODEL
 from finetune_assets.assets.raw_dataset import RAW_DATASET
 from finetune_assets.lineage.graph import NODES, upstream_of
 from finetune_assets.lineage.materialise import Step, materialise
-from finetune_assets.lineage.plan import Planned, make_plan, open_store
+from finetune_assets.lineage.plan import make_plan, open_store
+from finetune_assets.lineage.planned import Planned
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.store.artifact_store import ArtifactStore

@@ -6,6 +6,7 @@ knows no fingerprints.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import yaml
 from hypothesis import strategies as st
 
 from finetune_assets.data import snapshot
-from finetune_assets.lineage.graph import NODES, Node, Upstream
+from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.materialise import Step
+from finetune_assets.lineage.node import Node, Upstream
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.store.artifact import Made
@@ -45,6 +47,7 @@ SWITCH = "gguf.types"  # decides which part is read by those that choose
 PARTS = ("a", "b")
 WAYS = ("whole", "a", "b", "both", "chosen")  # what a node reads of an upstream
 RAW, BASE = "raw_dataset", "base_model"  # the two names that have files behind them
+FILED = {name: NODES[name] for name in (RAW, BASE)}
 LOOKS = "looks.txt"
 
 
@@ -296,12 +299,12 @@ class World:
 
     def nodes(self) -> dict[str, Node]:
         return {
-            asset.name: Node(
-                asset.name,
-                asset.reads,
-                tuple(Upstream(name, parts_read(way)) for name, way in asset.upstreams),
-                lambda version=self.tool[asset.name]: {"compiler": version},
-                self.code[asset.name],
+            asset.name: dataclasses.replace(
+                FILED.get(asset.name, Node(asset.name, ())),
+                reads=asset.reads,
+                upstreams=tuple(Upstream(name, parts_read(way)) for name, way in asset.upstreams),
+                tools=lambda version=self.tool[asset.name]: {"compiler": version},
+                code_version=self.code[asset.name],
             )
             for asset in self.assets
         }

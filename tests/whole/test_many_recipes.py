@@ -12,7 +12,7 @@ import yaml
 
 from finetune_assets.definitions import load_definitions
 from finetune_assets.lineage.graph import NODES
-from finetune_assets.lineage.plan import Planned
+from finetune_assets.lineage.planned import Planned
 from tests.conftest import MiniProject, make_mini, rows
 from tests.support.history_fixtures import make_chain, plan_of
 

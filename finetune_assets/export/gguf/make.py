@@ -78,28 +78,3 @@ def make_gguf(
     return {
         kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in made.items()
     }
-
-
-def bytes_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What of a gguf_file's fingerprint decides the file of a type; the rest decides how it compares with the model.
-
-    Args:
-        ingredients: as of `artifacts.Fingerprint`.
-        kind: a type, or imatrix.gguf.
-    """
-    recipe, upstreams, tools = (ingredients[key] for key in ("recipe", "upstreams", "tools"))
-    decided: dict[str, Any] = {
-        **{key: value for key, value in ingredients.items() if key not in ("recipe", "upstreams", "tools")},
-        "told": {key: value for key, value in recipe.items() if not key.startswith("gguf.")},  # metadata
-        "merged_model": upstreams.get("merged_model"),
-        "tools": [tools.get(name) for name in ("converter", "xllamacpp")],
-    }
-    if kind in (*WEIGHED, imatrix_file.FILE):
-        rows = recipe.get("gguf.imatrix")
-        decided["imatrix"] = [rows, upstreams.get(f"dataset_info/{rows}")]
-    return decided
-
-
-def figures_decided_by(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """What decides how the file of a type compares with the merged model."""
-    return {**bytes_decided_by(ingredients, kind), "test": ingredients["upstreams"].get("dataset_info/test")}
