@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.export.gguf.converter import convert_vocabulary, converter_version
-from finetune_assets.export.merge.merge import read_json, refuse_quantised
+from finetune_assets.export.merge.folder import read_json
+from finetune_assets.export.merge.merge import refuse_quantised
 
 
 def check_exportable(
