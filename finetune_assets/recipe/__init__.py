@@ -1,48 +1,29 @@
 """The recipe: what declares one lineage. Front door of this room; it needs pydantic alone."""
 
-from finetune_assets.recipe.recipe import (
-    DATASETS,
-    GGUF_TYPES,
-    LARGEST,
-    LISTED,
-    LONGEST_NAME,
-    LONGEST_PATH,
-    NEAR,
-    DatasetSection,
-    EvaluateSection,
-    ExportSection,
-    GgufSection,
-    ModelSection,
-    Names,
-    OllamaSection,
-    Recipe,
-    ScheduleSection,
-    Section,
-    Strategy,
-    TrainSection,
-    did_you_mean,
-    name_problem,
-)
+from finetune_assets.recipe.did_you_mean import did_you_mean
+from finetune_assets.recipe.recipe import Recipe, name_problem
+from finetune_assets.recipe.sections.dataset import DATASETS, DatasetSection
+from finetune_assets.recipe.sections.evaluate import EvaluateSection
+from finetune_assets.recipe.sections.export import ExportSection
+from finetune_assets.recipe.sections.gguf import GGUF_TYPES, GgufSection
+from finetune_assets.recipe.sections.model import ModelSection
+from finetune_assets.recipe.sections.ollama import OllamaSection
+from finetune_assets.recipe.sections.schedule import ScheduleSection
+from finetune_assets.recipe.sections.section import Section
+from finetune_assets.recipe.sections.train import TrainSection
 
 __all__ = [
     "DATASETS",
     "GGUF_TYPES",
-    "LARGEST",
-    "LISTED",
-    "LONGEST_NAME",
-    "LONGEST_PATH",
-    "NEAR",
     "DatasetSection",
     "EvaluateSection",
     "ExportSection",
     "GgufSection",
     "ModelSection",
-    "Names",
     "OllamaSection",
     "Recipe",
     "ScheduleSection",
     "Section",
-    "Strategy",
     "TrainSection",
     "did_you_mean",
     "name_problem",

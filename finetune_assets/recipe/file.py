@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from finetune_assets.inputs.regular_files import why_not_regular
-from finetune_assets.recipe import DATASETS, Recipe, did_you_mean, name_problem
+from finetune_assets.recipe import DATASETS, Recipe, Section, did_you_mean, name_problem
+from finetune_assets.recipe.recipe import sections
 from finetune_assets.recipe.yaml_text import Document, Path_
 from finetune_assets.reporting.errors import BadInput
 
@@ -75,7 +76,7 @@ def load_recipe(path: Path) -> Recipe:
     """
     document = Document(path)
     if not document.problems and not isinstance(document.value, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of sections", f"sections: {', '.join(_sections())}")
+        raise BadInput(f"{path}: a recipe is a mapping of sections", f"sections: {', '.join(sections())}")
     problems = [*document.problems, *((1, text) for text in _name_problems(path))]
     recipe = None
     if document.value is not None:
@@ -176,25 +177,16 @@ def _hint_for(where: Path_) -> str:
     section = _model_at(where[:-1])
     if section is None:
         return ""
-    owners = [name for name, model in _sections().items() if word in model.model_fields]
+    owners = [name for name, model in sections().items() if word in model.model_fields]
     if owners:
         return f"; it belongs to the section {owners[0]!r}"
     return did_you_mean(word, [name for name in section.model_fields if not (section is Recipe and name == "name")])
 
 
-def _model_at(where: Path_) -> type[BaseModel] | None:
+def _model_at(where: Path_) -> type[Section] | None:
     if not where:
         return Recipe
-    return _sections().get(str(where[0])) if len(where) == 1 else None
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    found: dict[str, type[BaseModel]] = {}
-    for name, field in Recipe.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found[name] = kind
-    return found
+    return sections().get(str(where[0])) if len(where) == 1 else None
 
 
 def _names(configs: Path) -> str:

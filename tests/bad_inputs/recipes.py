@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel
 
-from finetune_assets.recipe import Recipe
+from finetune_assets.recipe.recipe import sections
 from tests.bad_inputs.case import DEEP, LONG, PLAN, Case, Change
 from tests.bad_inputs.changes import SPECIAL, recipe_text, recipe_value, special, text_file
 
@@ -166,7 +165,7 @@ SWITCHES = ("maybe", "7", "1.5", "[true]", "{ a: 1 }", "2024-01-01", ".nan", LON
 
 def recipe_values() -> Iterator[Case]:
     """Every key of the recipe with values that are not of its kind."""
-    for section, model in _sections():
+    for section, model in sections().items():
         for key, described in model.model_json_schema()["properties"].items():
             kinds = {
                 kind.get("type", "enum" if "enum" in kind else None) for kind in described.get("anyOf", [described])
@@ -202,7 +201,7 @@ def recipe_values() -> Iterator[Case]:
                 yield Case("recipe values", f"{section}.{key}: {value[:30]}", (key,), recipe_value(section, key, value))
         yield Case("recipe values", f"{section}: an unknown key", ("zzz",), recipe_value(section, "zzz", "1"))
     for key in ("12", "[1]", "'x'", "true", "~", "2024-01-01", ".nan"):
-        for section, _ in _sections():
+        for section in sections():
             yield Case("recipe values", f"{section}: {key}", (section,), _section_is(section, key))
 
 
@@ -213,15 +212,6 @@ def _section_is(section: str, value: str) -> Change:
         file.write_text(f"{yaml.safe_dump(content, sort_keys=False)}{section}: {value}\n")
 
     return change
-
-
-def _sections() -> list[tuple[str, type[BaseModel]]]:
-    found = []
-    for name, info in Recipe.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found.append((name, kind))
-    return found
 
 
 def schedules() -> Iterator[Case]:

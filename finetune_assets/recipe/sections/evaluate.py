@@ -1,0 +1,17 @@
+"""Section `evaluate`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from finetune_assets.recipe.sections.section import Section
+
+
+class EvaluateSection(Section):
+    """How base and tuned model are scored on the test rows."""
+
+    max_samples: int | None = Field(
+        default=None, ge=1, description="At most this many test rows get an answer generated"
+    )
+    max_new_tokens: int = Field(default=128, ge=1)
+    per_device_eval_batch_size: int = Field(default=8, ge=1)

@@ -1,0 +1,43 @@
+"""Section `ollama`."""
+
+from __future__ import annotations
+
+import re
+
+from pydantic import Field, field_validator
+
+from finetune_assets.recipe.sections.section import Names, Section
+
+
+class OllamaSection(Section):
+    """What the server is told about the model."""
+
+    name: str = Field(description="Model name on the server, without a tag")
+    type: str | None = Field(
+        default=None, description="The GGUF type that is served; the first of gguf.types if not given"
+    )
+    types: Names = Field(default=[], description="GGUF types that are served as well, each as name:TYPE")
+    system: str | None = Field(default=None, description="System prompt; model.default_system if not given")
+    num_ctx: int = Field(default=2048, ge=64, description="Context window, in tokens")
+    stop: Names = Field(default=[], description="Stop texts beside those of the chat template")
+    temperature: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    repeat_penalty: float | None = Field(default=None, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _servable(cls, name: str) -> str:
+        if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):
+            raise ValueError(
+                f"{name!r} is no Ollama model name: "
+                "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'; no '.' before a '/'"
+            )
+        return name
+
+    @field_validator("stop")
+    @classmethod
+    def _says_something(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("a stop text is empty, and would end every answer before its first word: leave it out")
+        return stop
