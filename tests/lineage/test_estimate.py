@@ -15,13 +15,13 @@ from finetune_assets.lineage.cost import Cost
 from finetune_assets.lineage.estimate import Total, costs, total
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.lineage.nodes.base_model import weights_of
-from finetune_assets.lineage.nodes.gguf_file import BITS
 from finetune_assets.lineage.nodes.raw_dataset import count_rows
 from finetune_assets.lineage.plan import make_plan
 from finetune_assets.machine.disk import free_bytes
 from finetune_assets.models.formats.gguf import Tensor
 from finetune_assets.recipe import GGUF_TYPES
 from finetune_assets.recipe.file import load_recipe
+from finetune_assets.recipe.gguf_types import TYPES
 from finetune_assets.store.artifact import Artifact, Made
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
@@ -254,10 +254,10 @@ def test_bits_are_those_of_our_own_files():
     shapes |= {f"blk.{n}.{name}.weight": shape for n in range(layers) for name, shape in matrices.items()}
     numbers = {"block_count": layers, "attention__head_count": 32, "attention__head_count_kv": 8}
     file = head("llama", shapes, **numbers)
-    assert set(BITS) == set(GGUF_TYPES)
-    for kind, bits in BITS.items():
+    assert set(TYPES) == set(GGUF_TYPES)
+    for kind, row in TYPES.items():
         sizes = [tensor.nbytes for tensor in file.with_tensors(tensor_types(file, kind)).tensors]
-        assert 8 * sum(sizes) / file.parameters == pytest.approx(bits, abs=0.006), kind
+        assert 8 * sum(sizes) / file.parameters == pytest.approx(row.bits, abs=0.006), kind
     assert isinstance(file.tensors[0], Tensor)
 
 

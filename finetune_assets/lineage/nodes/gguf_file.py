@@ -7,21 +7,13 @@ from typing import Any
 
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.converter import converter_version
-from finetune_assets.export.gguf.quantise import WEIGHED
 from finetune_assets.lineage.cost import Cost, Known, seconds_of, times
 from finetune_assets.lineage.identity import fingerprint
 from finetune_assets.lineage.node import Node, Upstream, exact_versions, metrics_named
 from finetune_assets.lineage.nodes.base_model import BaseFacts
 from finetune_assets.models.formats.safetensors import FLOATS
+from finetune_assets.recipe.gguf_types import TYPES
 from finetune_assets.store.artifact import Artifact
-
-# Bits for each weight of Llama 3.1 8B in a GGUF file of each type; other models mix their types a little differently.
-# https://github.com/ggml-org/llama.cpp/blob/master/tools/quantize/README.md, and export.type_policy, which agrees.
-BITS = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.50, "q6_k": 6.56, "q5_k_m": 5.70, "q5_k_s": 5.57, "q5_1": 6.04,
-    "q5_0": 5.57, "q4_k_m": 4.89, "q4_k_s": 4.67, "q4_1": 5.10, "q4_0": 4.64, "q3_k_l": 4.30, "q3_k_m": 4.00,
-    "q3_k_s": 3.64, "q2_k": 3.16,
-}  # fmt: skip
 
 
 def kept_files(made: Mapping[str, Any], wanted: Mapping[str, Any], kinds: Iterable[str]) -> set[str]:
@@ -48,7 +40,7 @@ def _decides_bytes(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "merged_model": upstreams.get("merged_model"),
         "tools": [tools.get(name) for name in ("converter", "xllamacpp")],
     }
-    if kind in (*WEIGHED, imatrix_file.FILE):
+    if kind == imatrix_file.FILE or (kind in TYPES and TYPES[kind].uses_imatrix):
         rows = recipe.get("gguf.imatrix")
         decides["imatrix"] = [rows, upstreams.get(f"dataset_info/{rows}")]
     return decides
@@ -70,7 +62,7 @@ def _cost(node: Node, known: Known) -> Cost:
     sizes = [size for kind in missing if (size := gguf_bytes(known, kind)) is not None]
     natural = _natural_type(known)
     needs_source = bool(missing) and natural not in types and natural not in kept
-    scratch = round(base.weights.total() * BITS[natural] / 8) if needs_source else 0
+    scratch = round(base.weights.total() * TYPES[natural].bits / 8) if needs_source else 0
     return Cost(seconds, sum(sizes) if len(sizes) == len(missing) else None, scratch)
 
 
@@ -95,7 +87,7 @@ def gguf_bytes(known: Known, kind: str) -> int | None:
     before = past.metrics["types"].get(kind) if past is not None else None
     if before is not None and scale is not None:
         return round(before["bytes"] * scale)
-    return round(base.weights.total() * BITS[kind] / 8) if base.weights else None
+    return round(base.weights.total() * TYPES[kind].bits / 8) if base.weights else None
 
 
 def _kept_types(node: Node, known: Known, past: Artifact | None) -> tuple[set[str], set[str]]:
