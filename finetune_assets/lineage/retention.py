@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from finetune_assets.export.ollama import model_store as ollama_store
-from finetune_assets.export.ollama.publish import digests_of, served_digests, unused_blobs
 from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.nodes.ollama_model import unused_files
 from finetune_assets.lineage.plan import make_plan
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe import name_problem
@@ -28,6 +28,7 @@ from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.artifact_store import CURRENT, STAGING, ArtifactStore
 
 Key = tuple[str, str]  # asset, fingerprint
+Kind = Literal["artifact", "staging", "temporary", "blob"]
 ORPHAN_AGE = 3600.0  # seconds: a pointer is written in milliseconds, and not always under a lock
 
 
@@ -44,7 +45,7 @@ class Subject:
 class Removed:
     """Something that went, or would go."""
 
-    kind: Literal["artifact", "staging", "temporary", "blob"]
+    kind: Kind
     path: Path
     bytes: int
     recipe: str | None = None
@@ -66,7 +67,13 @@ class Collection:
     left_alone: list[tuple[Path, str]] = field(default_factory=list)
     links: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
-    def weigh(self, path: Path) -> int:
+    def remove(self, kind: Kind, path: Path, recipe: str | None = None, artifact: Artifact | None = None) -> Removed:
+        """Note that a file or folder is about to go."""
+        item = Removed(kind, path, self._weigh(path), recipe, artifact)
+        self.removed.append(item)
+        return item
+
+    def _weigh(self, path: Path) -> int:
         """The bytes of a file or folder that is about to go."""
         total = 0
         for file in [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]:
@@ -108,11 +115,11 @@ def subjects(specs: Sequence[str], project: Project, store: ArtifactStore) -> li
 def collect(
     recipes: Sequence[Subject], project: Project, store: ArtifactStore, *, keep: int, dry_run: bool
 ) -> Collection:
-    """Remove what may go.
+    """Remove what may go: decide for one recipe after the other, and carry out each decision under its locks.
 
     Args:
         keep: how many of the newest artifacts of each asset stay in any case.
-        dry_run: say it, and remove nothing.
+        dry_run: decide, and remove nothing.
 
     Raises:
         StepFailed: the store cannot be written.
@@ -120,13 +127,28 @@ def collect(
     done = Collection()
     try:
         for subject in recipes:
-            _collect_recipe(subject, project, store, keep, dry_run, done)
-        _collect_blobs(project.ollama_models, dry_run, done)
+            with ExitStack() as locks:
+                _carry_out(_Judge(subject, project, store, done).decide(locks, keep), store, dry_run)
+        try:
+            with unused_files(project.ollama_models) as files:
+                _carry_out([done.remove("blob", path) for path in files], store, dry_run)
+        except FinetuneError as error:
+            done.left_alone.append((project.ollama_models, error.message))
     except OSError as error:
         if (failure := disk_trouble(error, store.root, outcome="what is left is whole")) is None:
             raise
         raise failure from error
     return done
+
+
+def _carry_out(removed: Sequence[Removed], store: ArtifactStore, dry_run: bool) -> None:
+    for item in removed if not dry_run else ():
+        if item.artifact is not None:
+            store.remove(item.artifact)
+        elif item.kind == "temporary" or item.path.is_symlink() or not item.path.is_dir():
+            item.path.unlink()
+        else:
+            shutil.rmtree(item.path)
 
 
 def reasons_to_stay(
@@ -156,42 +178,102 @@ def reasons_to_stay(
     return reasons
 
 
-def _collect_recipe(
-    subject: Subject, project: Project, store: ArtifactStore, keep: int, dry_run: bool, done: Collection
-) -> None:
-    folder = store.root / subject.name
-    assets = [name for name in NODES if (folder / name).is_dir()]
-    if folder.is_dir():
-        done.left_alone += [(path, "no asset's folder") for path in sorted(folder.iterdir()) if path.name not in assets]
-    with ExitStack() as held:
-        busy = {name for name in assets if not _take(held, store, subject.name, name)}
-        roots: dict[Key, list[str]] = {}
-        for name in assets:
-            if name not in busy:
-                _sweep(folder / name, subject.name, dry_run, done)
-            _foreign_entries(folder / name, name, subject.name, store, roots, done)
-        artifacts = [artifact for name in assets for artifact in store.published(subject.name, name)]
+class _Judge:
+    """Decides what of one recipe goes, and notes in `done` what goes, what stays and what is left alone."""
+
+    def __init__(self, subject: Subject, project: Project, store: ArtifactStore, done: Collection):
+        self._subject, self._project, self._store, self._done = subject, project, store, done
+        self._folder = store.root / subject.name
+        self._assets = [name for name in NODES if (self._folder / name).is_dir()]
+        self._busy: set[str] = set()
+        self._roots: dict[Key, list[str]] = {}
+
+    def decide(self, locks: ExitStack, keep: int) -> list[Removed]:
+        """Take the locks of the recipe's assets, and return what goes, in the order in which it has to go."""
+        self._busy = {name for name in self._assets if not _take(locks, self._store, self._subject.name, name)}
+        self._leave_foreign_entries()
+        removed = [item for name in self._assets if name not in self._busy for item in self._leftovers(name)]
+        artifacts = [artifact for name in self._assets for artifact in self._store.published(self._subject.name, name)]
         try:
-            wanted = _wanted(subject, project, store)
+            wanted = _wanted(self._subject, self._project, self._store)
         except FinetuneError as error:
-            if not subject.named:
-                why = f"{error.message.splitlines()[0]}: kept, unless named: finetune gc {subject.name}"
-                done.left_alone += [(folder, why)] if artifacts else []
-                return
+            if not self._subject.named:
+                why = f"{error.message.splitlines()[0]}: kept, unless named: finetune gc {self._subject.name}"
+                self._done.left_alone += [(self._folder, why)] if artifacts else []
+                return removed
             wanted = set()
-        for key, why in _roots(subject, artifacts, wanted, busy, project, store):
-            roots.setdefault(key, []).append(why)
-        reasons = reasons_to_stay(artifacts, roots, keep)
+        for artifact in artifacts:
+            if reasons := list(self._reasons(artifact, wanted)):
+                self._roots.setdefault(_key(artifact), []).extend(reasons)
+        return removed + self._divide(artifacts, keep)
+
+    def _divide(self, artifacts: Sequence[Artifact], keep: int) -> list[Removed]:
+        reasons = reasons_to_stay(artifacts, self._roots, keep)
         for artifact in artifacts:
             if stays := reasons.get(_key(artifact)):
-                done.kept.append(Kept(artifact, tuple(dict.fromkeys(stays))))
-        for artifact in reversed(artifacts):  # downstream first: whatever is left at any moment has its inputs
-            if _key(artifact) not in reasons:
-                done.removed.append(
-                    Removed("artifact", artifact.path, done.weigh(artifact.path), subject.name, artifact)
-                )
-                if not dry_run:
-                    store.remove(artifact)
+                self._done.kept.append(Kept(artifact, tuple(dict.fromkeys(stays))))
+        return [
+            self._done.remove("artifact", artifact.path, self._subject.name, artifact)
+            for artifact in reversed(artifacts)  # downstream first: whatever is left at any moment has its inputs
+            if _key(artifact) not in reasons
+        ]
+
+    def _leftovers(self, asset: str) -> Iterator[Removed]:
+        """What killed builders left. The lock, held, proves that nobody is at work in staging folders."""
+        for path in sorted((self._folder / asset).glob(f"{STAGING}*")):
+            yield self._done.remove("staging", path, self._subject.name)
+        for path in sorted((self._folder / asset).glob(f".{CURRENT}-*")):
+            if time.time() - path.stat().st_mtime > ORPHAN_AGE:
+                yield self._done.remove("temporary", path, self._subject.name)
+
+    def _leave_foreign_entries(self) -> None:
+        """Foreign entries stay, and so do the inputs that they name."""
+        left_alone, recipe = self._done.left_alone, self._subject.name
+        if self._folder.is_dir():
+            paths = sorted(self._folder.iterdir())
+            left_alone += [(path, "no asset's folder") for path in paths if path.name not in self._assets]
+        for asset in self._assets:
+            folder = self._folder / asset
+            for path in sorted(folder.iterdir()):
+                if path.name.startswith(".") or path.name == CURRENT:
+                    continue
+                if (entry := self._store.foreign_entry(recipe, asset, path.name)) is not None:
+                    left_alone.append((path, entry.why))
+                    for key in entry.inputs.items():
+                        self._roots.setdefault(key, []).append(f"input of {asset} {path.name[:8]}")
+            if (lost := self._store.lost_current(recipe, asset)) is not None:
+                left_alone.append((folder / CURRENT, lost))
+
+    @cached_property
+    def _current(self) -> dict[str, Artifact | None]:
+        names = NODES if self._subject.file is not None else ()
+        return {name: self._store.current(self._subject.name, name) for name in names}
+
+    @cached_property
+    def _in_use(self) -> dict[str, Callable[[Artifact], str | None]]:
+        return {name: node.in_use(self._project) for name, node in NODES.items()}
+
+    @cached_property
+    def _read(self) -> dict[str, str]:
+        """An asset that a build in progress may be reading -> the asset being built."""
+        return {up.asset: name for name in self._assets if name in self._busy for up in NODES[name].upstreams}
+
+    def _reasons(self, artifact: Artifact, wanted: set[Key]) -> Iterator[str]:
+        """Why an artifact stays, whatever other artifacts there are."""
+        asset, fingerprint = _key(artifact)
+        last = self._current.get(asset)
+        if last is not None and last.fingerprint == fingerprint:
+            yield "current"
+        if (asset, fingerprint) in wanted:
+            yield "wanted by the recipe"
+        if why := self._in_use[asset](artifact):
+            yield why
+        if asset in self._busy:
+            yield "its asset is being built now"
+        if asset in self._read:
+            yield f"{self._read[asset]} is being built now"
+        if artifact.path.is_symlink():
+            yield "a symbolic link"
 
 
 def _take(held: ExitStack, store: ArtifactStore, recipe: str, asset: str) -> bool:
@@ -214,105 +296,6 @@ def _wanted(subject: Subject, project: Project, store: ArtifactStore) -> set[Key
         raise BadInput(f"there is no recipe {subject.name} any more")
     plan = make_plan(load_recipe(subject.file), project, store)
     return {(name, item.wanted) for name, item in plan.items() if item.wanted is not None}
-
-
-def _roots(
-    subject: Subject,
-    artifacts: Sequence[Artifact],
-    wanted: set[Key],
-    busy: set[str],
-    project: Project,
-    store: ArtifactStore,
-) -> list[tuple[Key, str]]:
-    current = {name: store.current(subject.name, name) for name in NODES} if subject.file is not None else {}
-    read = {up.asset: name for name in busy for up in NODES[name].upstreams}
-    serving = _Serving(project.ollama_models)
-    roots: list[tuple[Key, str]] = []
-    for artifact in artifacts:
-        key = asset, fingerprint = _key(artifact)
-        last = current.get(asset)
-        if last is not None and last.fingerprint == fingerprint:
-            roots.append((key, "current"))
-        if key in wanted:
-            roots.append((key, "wanted by the recipe"))
-        if asset == "ollama_model" and (why := serving.reason(artifact)):
-            roots.append((key, why))
-        if asset in busy:
-            roots.append((key, "its asset is being built now"))
-        if asset in read:
-            roots.append((key, f"{read[asset]} is being built now"))
-        if artifact.path.is_symlink():
-            roots.append((key, "a symbolic link"))
-    return roots
-
-
-class _Serving:
-    """Asks once for each name what is served under it."""
-
-    def __init__(self, models: Path):
-        self.models = models
-        self.known: dict[str, set[str] | None] = {}
-
-    def reason(self, artifact: Artifact) -> str | None:
-        """Why an ollama_model must stay, if it must."""
-        for name, digest in digests_of(artifact.metrics).items():
-            if name not in self.known:
-                try:
-                    self.known[name] = served_digests(name, self.models)
-                except (FinetuneError, OSError):
-                    self.known[name] = None
-            served = self.known[name]
-            if served is None:
-                return "the Ollama server cannot be asked"
-            if digest in served:
-                return f"served as {name.removesuffix(':latest')}"
-        return None
-
-
-def _sweep(folder: Path, recipe: str, dry_run: bool, done: Collection) -> None:
-    """What killed builders left. The lock, held, proves that nobody is at work in staging folders."""
-    for path in sorted(folder.glob(f"{STAGING}*")):
-        done.removed.append(Removed("staging", path, done.weigh(path), recipe))
-        if not dry_run:
-            path.unlink() if path.is_symlink() else shutil.rmtree(path)
-    for path in sorted(folder.glob(f".{CURRENT}-*")):
-        if time.time() - path.stat().st_mtime > ORPHAN_AGE:
-            done.removed.append(Removed("temporary", path, done.weigh(path), recipe))
-            if not dry_run:
-                path.unlink()
-
-
-def _foreign_entries(
-    folder: Path, asset: str, recipe: str, store: ArtifactStore, roots: dict[Key, list[str]], done: Collection
-) -> None:
-    """What is not ours stays, and so do the inputs that it names."""
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name == CURRENT:
-            continue
-        if (foreign := store.foreign_entry(recipe, asset, path.name)) is not None:
-            done.left_alone.append((path, foreign.why))
-            for key in foreign.inputs.items():
-                roots.setdefault(key, []).append(f"input of {asset} {path.name[:8]}")
-    if (lost := store.lost_current(recipe, asset)) is not None:
-        done.left_alone.append((folder / CURRENT, lost))
-
-
-def _collect_blobs(models: Path, dry_run: bool, done: Collection) -> None:
-    """Files of our own Ollama store that belong to no model there. A server's store is the server's business."""
-    from filelock import Timeout
-
-    if not (models / "blobs").is_dir():
-        return
-    try:
-        with ollama_store.lock(models).acquire(timeout=0):
-            for path in unused_blobs(models):
-                done.removed.append(Removed("blob", path, done.weigh(path)))
-                if not dry_run:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except Timeout:
-        done.left_alone.append((models, "a model is being written"))
-    except FinetuneError as error:
-        done.left_alone.append((models, error.message))
 
 
 def _key(artifact: Artifact) -> Key:

@@ -76,14 +76,6 @@ class Exemption:
 EXEMPTIONS = (
     Exemption(
         date(2026, 11, 24),
-        "lineage/nodes hold what each asset reads, costs and asks for",
-        (
-            "finetune_assets/lineage/retention.py: imports export.ollama.model_store, which only lineage/nodes may",
-            "finetune_assets/lineage/retention.py: imports export.ollama.publish, which only lineage/nodes may",
-        ),
-    ),
-    Exemption(
-        date(2026, 11, 24),
         "render_jinja is in chat/rendering, and special_tokens in export/gguf/chat_metadata",
         (
             "finetune_assets/export/gguf/chat_metadata.py: imports export.ollama.template.derive, "
