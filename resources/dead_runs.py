@@ -31,7 +31,7 @@ def this_process() -> dict[str, str]:
     return {PROCESS_TAG: f"{_host()}:{os.getpid()}:{_began(os.getpid())}"}
 
 
-def sign(context: dg.AssetExecutionContext) -> None:
+def tag_run(context: dg.AssetExecutionContext) -> None:
     """Put this process's tag on the run of a step, if it has none yet."""
     if PROCESS_TAG not in context.run.tags:
         context.instance.add_run_tags(context.run.run_id, this_process())

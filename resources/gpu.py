@@ -6,15 +6,16 @@ import fcntl
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import dagster as dg
 
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message
 
 POOL = "gpu"
 """Dagster's pool: its slots are the GPUs (or the CPU) that Dagster's own runs share."""
@@ -40,7 +41,7 @@ class GpuResource(dg.ConfigurableResource):
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 
     @contextmanager
-    def lease(self, progress: Callable[[dict[str, Any]], None]) -> Iterator[Lease]:
+    def lease(self, progress: Progress) -> Iterator[Lease]:
         """Hold one device of this machine while the context is open; wait while every one is taken.
 
         Dagster's pool counts its own runs only. This lock also keeps out the command line, other instances and other
@@ -66,7 +67,7 @@ class GpuResource(dg.ConfigurableResource):
             if not told:
                 told = True
                 taken = " or ".join(_held(folder, name) for name in there)
-                progress({"event": "message", "text": f"waits for {taken}"})
+                progress(message(f"waits for {taken}"))
             time.sleep(POLL_SECONDS)
 
 

@@ -6,13 +6,14 @@ Dagster's own PipesSubprocessClient interrupts the direct child only and leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 from dagster_pipes import PipesContextData, PipesParams
 
+from finetune_assets.reporting.events import Progress
 from finetune_assets.worker import launch
 from resources.gpu import Lease
 
@@ -35,7 +36,7 @@ class CarriedByLaunch(dg.PipesContextInjector, dg.PipesMessageReader):
 def run_worker(
     context: dg.AssetExecutionContext,
     job: dict[str, Any],
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
     *,
     lease: Lease,
     worker: Sequence[str] = launch.WORKER,
@@ -54,7 +55,7 @@ def run_worker(
             env=lease.environment,
             held=[lease.lock],
             context=session.context_data,
-            hear=session.message_handler.handle_message,
+            on_message=session.message_handler.handle_message,
             worker=worker,
             grace_seconds=grace_seconds,
         )

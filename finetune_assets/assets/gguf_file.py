@@ -21,6 +21,7 @@ from finetune_assets.export.parity.prove import CHECKS
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.lineage.nodes.gguf_file import kept_figures, kept_files
 from finetune_assets.models import base_model
+from finetune_assets.reporting.events import message
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
@@ -86,7 +87,7 @@ def build(step: Step) -> Made:
         "kl_from_base": changed,
     }
     for text in near_the_base({kind: entry["kl"] for kind, entry in figures.items()}, changed):
-        step.progress({"event": "message", "text": text})
+        step.progress(message(text))
     content = {name for files in parts.values() for name in files}
     if (matrix := step.staging / imatrix_file.FILE).is_file():
         weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in WEIGHED)

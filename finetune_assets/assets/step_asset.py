@@ -11,7 +11,7 @@ import dagster as dg
 from finetune_assets.assets.keys import asset_key, read_tags, source_keys, word_of
 from finetune_assets.export.serving_commands import commands as serving_commands
 from finetune_assets.lineage.graph import NODES
-from finetune_assets.lineage.materialise import Progress, Step, materialise
+from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.lineage.plan import open_store
 from finetune_assets.lineage.prerequisites import check_prerequisites
 from finetune_assets.lineage.readings import reading_of
@@ -19,11 +19,11 @@ from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import FinetuneError, unforeseen
-from finetune_assets.reporting.events import tell
+from finetune_assets.reporting.events import Begin, Done, Event, Message, Progress, StepProgress, Validation, publish
 from finetune_assets.reporting.masking import mask, masked_error
 from finetune_assets.reporting.printable import printable
 from finetune_assets.store.artifact import Artifact, Made
-from resources.dead_runs import sign
+from resources.dead_runs import tag_run
 from resources.worker_pipes import run_worker
 
 FORCE_TAG = "finetune/force"
@@ -85,8 +85,8 @@ def _description(spec: StepAsset, recipe: Recipe) -> str:
 
 def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     """Make the asset, or find it up to date; report what Dagster is told."""
-    tell(spec.name, {"event": "begin"})
-    sign(context)
+    publish(spec.name, Begin())
+    tag_run(context)
 
     def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         gpu = context.resources.gpu
@@ -99,7 +99,7 @@ def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExe
     reporter = _reporter(spec.name, context.log.info)
     outcome = materialise(spec.name, recipe, project, spec.build, reporter, launch=launch, force=force)
     artifact = outcome.artifact
-    tell(spec.name, {"event": "done", "reused": outcome.reused, "artifact": artifact})
+    publish(spec.name, Done(reused=outcome.reused))
     reading = reading_of(spec.name, artifact.manifest["ingredients"])
     upstreams = {name: used.data_version for name, used in outcome.inputs.items()}
     return dg.MaterializeResult(
@@ -154,19 +154,22 @@ def figure(value: Any) -> dg.MetadataValue:
 
 
 def _reporter(name: str, log: Callable[[str], None]) -> Progress:
-    """Tell the watchers everything, and Dagster's log a line now and then."""
+    """Publish every event, and write a line to Dagster's log now and then."""
     last = -LOG_EVERY
 
-    def report(event: dict[str, Any]) -> None:
+    def report(event: Event) -> None:
         nonlocal last
-        tell(name, event)
+        publish(name, event)
         now = time.monotonic()
-        if event["event"] == "message":
-            log(printable(mask(event["text"])))
-        elif event["event"] == "validation":
-            log(f"validation loss {event['loss']:.4f}")
-        elif event["event"] == "step" and (now - last >= LOG_EVERY or event["step"] == event["steps"]):
-            last = now
-            log(", ".join(f"{key} {value}" for key, value in event.items() if key != "event"))
+        match event:
+            case Message():
+                log(printable(mask(event.text)))
+            case Validation():
+                log(f"validation loss {event.loss:.4f}")
+            case StepProgress() if now - last >= LOG_EVERY or event.step == event.steps:
+                last = now
+                log(", ".join(f"{key} {value}" for key, value in event.figures().items()))
+            case _:
+                pass
 
     return report

@@ -22,6 +22,7 @@ from finetune_assets.recipe import Recipe, did_you_mean
 from finetune_assets.recipe.file import find_recipe, json_schema, load_recipe, readable_recipes, refuse_rivals
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, FinetuneError
+from finetune_assets.reporting.events import Event, Message
 from finetune_assets.reporting.masking import mask_logging, masked
 from finetune_assets.reporting.printable import printable_json
 
@@ -311,10 +312,10 @@ def _assets(names: list[str]) -> list[str]:
     return names
 
 
-def _whisper(event: dict[str, Any]) -> None:
+def _whisper(event: Event) -> None:
     """Show what a long command is about, beside its output."""
-    if event["event"] == "message":
-        err.print(event["text"], style="dim", markup=False)
+    if isinstance(event, Message):
+        err.print(event.text, style="dim", markup=False)
 
 
 def _print_json(value: Any) -> None:

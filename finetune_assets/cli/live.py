@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from finetune_assets.cli.console import SafeConsole
 from finetune_assets.cli.tables import duration
+from finetune_assets.reporting.events import Begin, Done, Event, Message, StepProgress, Validation
 
 GLYPHS = {"waiting": "·", "fresh": "=", "running": "▸", "done": "✓", "reused": "=", "failed": "✗"}
 STYLES = {
@@ -44,7 +44,7 @@ class LiveRun:
         self._began: dict[str, float] = {}
         self._took: dict[str, float] = {}
         self._notes: dict[str, str] = {}
-        self._step: dict[str, dict[str, Any]] = {}
+        self._step: dict[str, StepProgress] = {}
         self._last_plain = 0.0
         self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=False)
 
@@ -76,25 +76,27 @@ class LiveRun:
         """The assets that were to be made and turned out to be up to date."""
         return [name for name, state in self._states.items() if state == "reused"]
 
-    def event(self, asset: str, event: dict[str, Any]) -> None:
-        """Take in one event of `watching.tell`."""
-        match event["event"]:
-            case "begin":
+    def event(self, asset: str, event: Event) -> None:
+        """Show one published event."""
+        match event:
+            case Begin():
                 self._states[asset] = "running"
                 self._began[asset] = time.monotonic()
                 self._plain(f"{asset}: begins")
-            case "step":
+            case StepProgress():
                 self._step[asset] = event
                 if time.monotonic() - self._last_plain >= PLAIN_EVERY:
-                    self._plain(f"{asset}: {event['step']}/{event['steps']} {_figures(event)}")
-            case "message":
-                self._notes[asset] = event["text"]
-                self._plain(f"{asset}: {event['text']}")
-            case "validation":
-                self._notes[asset] = f"validation loss {event['loss']:.3f}"
+                    self._plain(f"{asset}: {event.step}/{event.steps} {_figures(event)}")
+            case Message():
+                self._notes[asset] = event.text
+                self._plain(f"{asset}: {event.text}")
+            case Validation():
+                self._notes[asset] = f"validation loss {event.loss:.3f}"
                 self._plain(f"{asset}: {self._notes[asset]}")
-            case "done":
-                self._finish(asset, "reused" if event["reused"] else "done")
+            case Done():
+                self._finish(asset, "reused" if event.reused else "done")
+            case _:
+                pass
 
     def _finish(self, asset: str, state: str) -> None:
         self._states[asset] = state
@@ -123,17 +125,17 @@ class LiveRun:
             )
             if state == "running" and name in self._step:
                 event = self._step[name]
-                below.append(ProgressBar(total=event["steps"], completed=event["step"], width=50))
-                below.append(Text(f"{event['step']}/{event['steps']}  {_figures(event)}"))
+                below.append(ProgressBar(total=event.steps, completed=event.step, width=50))
+                below.append(Text(f"{event.step}/{event.steps}  {_figures(event)}"))
         return Group(grid, *below)
 
 
-def _figures(event: dict[str, Any]) -> str:
+def _figures(event: StepProgress) -> str:
     words = []
-    if event.get("loss") is not None:
-        words.append(f"loss {event['loss']:.3f}")
-    if event.get("tokens_per_second") is not None:
-        words.append(f"{event['tokens_per_second']:.0f} tokens/s")
-    if event.get("seconds_left") is not None:
-        words.append(f"{duration(event['seconds_left'])} left")
+    if event.loss is not None:
+        words.append(f"loss {event.loss:.3f}")
+    if event.tokens_per_second is not None:
+        words.append(f"{event.tokens_per_second:.0f} tokens/s")
+    if event.seconds_left is not None:
+        words.append(f"{duration(event.seconds_left)} left")
     return "  ".join(words)

@@ -21,6 +21,7 @@ from finetune_assets.evaluation.metrics import METRICS, mean_scores, score
 from finetune_assets.evaluation.perplexity import Surprise, add_up, surprise
 from finetune_assets.models.decoding import Chat, context_length, load_chat, load_model
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, StepProgress, silent
 
 if TYPE_CHECKING:
     from finetune_assets.machine.device import Device
@@ -30,7 +31,6 @@ COMPARED = (
     "base model and base model + adapter, both with the adapter's chat template and default system prompt; "
     "greedy answers to the last turn of each row"
 )
-Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate(
     train: Path | None = None,
     cutoff_len: int = 2048,
     trust_remote_code: bool = False,
-    progress: Progress = lambda event: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Score both models; write metrics.json and predictions.jsonl into `out`.
 
@@ -91,7 +91,7 @@ def evaluate(
         out: an existing folder.
         train: train.jsonl; if given, it is made sure that it shares no row with `test`.
         cutoff_len: tokens of a row that count towards perplexity, as in training.
-        progress: gets {"event": "step", "step": i, "steps": n, "what": words, "seconds": s}.
+        progress: is called with a `StepProgress` for each batch of rows.
 
     Returns:
         what metrics.json holds, and "seconds", "samples_per_second" (answers of both models) and "samples"
@@ -279,6 +279,6 @@ def _ticker(progress: Progress, steps: int, started: float) -> Callable[[int, st
         nonlocal step
         step += count
         seconds = round(time.monotonic() - started, 2)
-        progress({"event": "step", "step": step, "steps": steps, "what": what, "seconds": seconds})
+        progress(StepProgress(step=step, steps=steps, what=what, seconds=seconds))
 
     return tick

@@ -16,11 +16,11 @@ from finetune_assets.lineage.planned import Planned
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.worker import launch as process
 
-Progress = Callable[[dict[str, Any]], None]
 Launch = Callable[[dict[str, Any], Progress], dict[str, Any]]
 RECORDED = (
     *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "nltk"),
@@ -86,7 +86,7 @@ def materialise(
     _agree(recipe, inputs)
     sources = sources_of(node, recipe, project, store.digests)
     wanted = fingerprint(node, recipe, inputs, sources)
-    waiting = {"event": "message", "text": f"waits for another run that is making {recipe.name}/{asset}"}
+    waiting = message(f"waits for another run that is making {recipe.name}/{asset}")
     with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
         # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
         artifact = store.get(recipe.name, asset, wanted.hex)

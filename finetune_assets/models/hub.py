@@ -14,6 +14,7 @@ from typing import Any
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.causes import causes
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
+from finetune_assets.reporting.events import Message, Progress, message
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TELL_EVERY = 5.0  # seconds between two messages of how far it is
@@ -66,7 +67,7 @@ def download(
     revision: str,
     patterns: Sequence[str],
     but: Sequence[str],
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
 ) -> tuple[Path, str]:
     """The folder in the hub's cache that holds a model's files, and the commit that the revision stands for.
 
@@ -90,7 +91,7 @@ def download(
             commit = HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
             assert commit is not None
         what = f"{repo_id} at {commit}"
-        progress({"event": "message", "text": f"downloading {what}"})
+        progress(message(f"downloading {what}"))
         return _snapshot(repo_id, commit, patterns, but, lambda so_far: progress(_message(what, so_far))), commit
     except Exception as error:  # also whatever the hub's HTTP library of the day raises
         raise _explained(error, f"{repo_id} (revision {revision})") from error
@@ -148,8 +149,8 @@ def _snapshot(
     return Path(result.result())
 
 
-def _message(what: str, so_far: int) -> dict[str, Any]:
-    return {"event": "message", "text": f"downloading {what}: {so_far / 1e6:.0f} MB so far"}
+def _message(what: str, so_far: int) -> Message:
+    return message(f"downloading {what}: {so_far / 1e6:.0f} MB so far")
 
 
 def _explained(error: Exception, name: str) -> FinetuneError:

@@ -19,7 +19,6 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,11 @@ from finetune_assets.inputs.remote_code import gate
 from finetune_assets.machine.device import choose_device
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
-from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed, unforeseen
+from finetune_assets.reporting.errors import FinetuneError, unforeseen
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.reporting.masking import mask, mask_logging
 from finetune_assets.worker.launch import trusted
-
-Progress = Callable[[dict[str, Any]], None]
+from finetune_assets.worker.protocol import Failure, Report
 
 
 def quieten() -> None:
@@ -55,7 +54,7 @@ def train(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     section, model = TrainSection.model_validate(job["train"]), ModelSection.model_validate(job["model"])
     base, rows = Path(job["base"]), Path(job["rows"])
     if job["vocabulary"]:
-        progress({"event": "message", "text": "asking llama.cpp whether it reads prompts as training does"})
+        progress(message("asking llama.cpp whether it reads prompts as training does"))
         rehearse(Path(job["vocabulary"]), base, rows, model)
     return sft.train(
         base,
@@ -155,7 +154,7 @@ def main() -> int:
         job = pipes.get_extra("job")
         try:
             with gate(trust=trusted(job)):
-                report = TASKS[job["task"]](job, pipes.report_custom_message)
+                report = TASKS[job["task"]](job, lambda event: pipes.report_custom_message(event.as_json()))
         except Exception as error:
             failure = error if isinstance(error, FinetuneError) else None
             if failure is None:
@@ -163,12 +162,9 @@ def main() -> int:
                 # a full disk reaches us in the words of whichever library was writing
                 full = disk_trouble(error, Path(job["out"]))
                 failure = full or unforeseen(error, f"the process at work ({job['task']})")
-            kind = BadInput if isinstance(failure, BadInput) else StepFailed
-            pipes.report_custom_message(
-                {"event": "error", "kind": kind.__name__, "message": failure.message, "hint": failure.hint}
-            )
+            pipes.report_custom_message(Failure.of(failure).as_json())
             return failure.exit_code
-        pipes.report_custom_message({"event": "done", "report": report})
+        pipes.report_custom_message(Report(report=report).as_json())
     return 0
 
 

@@ -31,8 +31,10 @@ from dagster_pipes import (
 )
 
 from finetune_assets.machine import child_environment
-from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
+from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress
 from finetune_assets.worker import guard
+from finetune_assets.worker.protocol import Failure, Report, read_message
 
 GRACE_SECONDS = 10.0
 TAIL_LINES = 15
@@ -63,11 +65,11 @@ NO_RUN = PipesContextData(
 
 def run(
     job: dict[str, Any],
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
     *,
     env: Mapping[str, str] | None = None,
     context: PipesContextData = NO_RUN,
-    hear: Callable[[PipesMessage], None] = lambda message: None,
+    on_message: Callable[[PipesMessage], None] = lambda message: None,
     held: Sequence[int] = (),
     worker: Sequence[str] = WORKER,
     grace_seconds: float = GRACE_SECONDS,
@@ -82,7 +84,7 @@ def run(
         progress: is called with each event, in this thread.
         env: environment variables for the child, besides those of this process that it needs (`child_environment`).
         context: the Dagster run that the job is part of.
-        hear: is called with each Pipes message that is no event of ours (opened, log, closed, ...), in this thread.
+        on_message: is called with each other Pipes message (opened, log, closed, ...), in this thread.
         held: descriptors that stay open until everything of the child is gone, also if this process dies: of locks.
         worker: the command; it finds the job by the two environment variables of Dagster Pipes.
 
@@ -122,20 +124,20 @@ def run(
         reader = threading.Thread(target=_collect, args=(child, tail), daemon=True)
         reader.start()
         stack.callback(_end, child, grace_seconds)
-        report: dict[str, Any] | None = None
-        failure: FinetuneError | None = None
+        report: Report | None = None
+        failure: Failure | None = None
         for message in _parse(messages):
             method, params = message["method"], message["params"] or {}
             if method != "report_custom_message":
-                hear(message)
+                on_message(message)
                 if method == "closed":
                     break
                 continue
-            event = params["payload"]
-            if event["event"] == "error":
-                failure = _as_exception(event)
-            elif event["event"] == "done":
-                report = event["report"]
+            event = read_message(params["payload"])
+            if isinstance(event, Failure):
+                failure = event
+            elif isinstance(event, Report):
+                report = event
             else:
                 progress(event)
         try:
@@ -144,10 +146,10 @@ def run(
             status = _end(child, grace_seconds)
         reader.join(timeout=5)
         if failure is not None:
-            raise failure
+            raise failure.as_error()
         if report is None:
             raise _unexplained(job["task"], status, tail)
-        return report
+        return report.report
 
 
 def trusted(job: Mapping[str, Any]) -> bool:
@@ -192,11 +194,6 @@ def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> int:
     except subprocess.TimeoutExpired:
         guard.signal_group(child.pid, signal.SIGKILL)  # the worker then gets its own parent-death signal
         return child.wait()
-
-
-def _as_exception(event: dict[str, Any]) -> FinetuneError:
-    kind = BadInput if event["kind"] == "BadInput" else StepFailed
-    return kind(event["message"], event.get("hint"))
 
 
 def _unexplained(task: str, status: int, tail: Sequence[str]) -> StepFailed:

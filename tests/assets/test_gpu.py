@@ -15,6 +15,7 @@ from finetune_assets.reporting.errors import StepFailed
 from resources import gpu
 from resources.gpu import GpuResource, devices
 from tests.conftest import REPOSITORY
+from tests.support.events import json_into
 
 HOLDER = """
 import time
@@ -59,7 +60,7 @@ def hold(program: str = HOLDER, says: str = "held") -> subprocess.Popen[str]:
 
 def seconds_to_get_it(told: list[dict]) -> float:
     began = time.monotonic()
-    with GpuResource(device="cpu").lease(told.append):
+    with GpuResource(device="cpu").lease(json_into(told)):
         return time.monotonic() - began
 
 
@@ -117,7 +118,7 @@ def test_an_exception_lets_go():
 def test_each_of_several_gpus_is_given_to_one_process(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-ab12")
     told: list[dict] = []
-    with GpuResource().lease(told.append) as first, GpuResource().lease(told.append) as second:
+    with GpuResource().lease(json_into(told)) as first, GpuResource().lease(json_into(told)) as second:
         assert [dict(first.environment), dict(second.environment)] == [
             {"CUDA_VISIBLE_DEVICES": "2"},
             {"CUDA_VISIBLE_DEVICES": "GPU-ab12"},

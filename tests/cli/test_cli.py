@@ -12,6 +12,7 @@ import pytest
 from finetune_assets.cli.live import LiveRun
 from finetune_assets.cli.results import headline
 from finetune_assets.lineage.graph import NODES
+from finetune_assets.reporting.events import Begin, Done
 from tests.conftest import REPOSITORY, MiniProject
 
 
@@ -126,8 +127,8 @@ def test_a_run_knows_what_it_made():
     """What the display is told: two assets were to be made, and one of them turned out to be there."""
     with LiveRun(["raw_dataset", "dataset_info", "base_model"], ["raw_dataset", "dataset_info"]) as live:
         for asset, reused in (("raw_dataset", False), ("dataset_info", True)):
-            live.event(asset, {"event": "begin"})
-            live.event(asset, {"event": "done", "reused": reused})
+            live.event(asset, Begin())
+            live.event(asset, Done(reused=reused))
     assert live.reused == ["dataset_info"]
 
 

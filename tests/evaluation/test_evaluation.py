@@ -22,6 +22,7 @@ from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.recipe import EvaluateSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from tests.support.evaluation_fixtures import tiny_adapter
+from tests.support.events import json_into
 from tests.support.training_fixtures import chat as turns
 from tests.support.training_fixtures import tiny_base, write_rows
 
@@ -154,7 +155,7 @@ def run(base: Path, adapter: Path, tmp_path: Path, **options: Any) -> tuple[dict
 
 def test_base_and_tuned_are_the_models_they_claim_to_be(base: Path, adapter: Path, cpu: Device, tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
-    metrics, predictions = run(base, adapter, tmp_path, progress=events.append)
+    metrics, predictions = run(base, adapter, tmp_path, progress=json_into(events))
     chat = load_chat(adapter)
     prompts = [encode_prompt(chat.tokenizer, m[:-1], default_system="Be brief.") for m in CONVERSATIONS]
     encoded = [encode_row(chat.tokenizer, m, default_system="Be brief.") for m in CONVERSATIONS]

@@ -26,7 +26,7 @@ class Told:
         self.graph = load_definitions(project).resolve_asset_graph()  # once: nothing is loaded again
 
     def tell(self) -> int:
-        news = events.news(observe(load_recipe(self.project.recipe_path()), self.project), self.instance)
+        news = events.pending_events(observe(load_recipe(self.project.recipe_path()), self.project), self.instance)
         for event in news:
             self.instance.report_runless_asset_event(event)
         return len(news)

@@ -36,7 +36,7 @@ from finetune_assets.recipe import ModelSection
 name, revision, out = sys.argv[1:]
 section = ModelSection(model_name_or_path=name, model_revision=revision)
 Path(out).mkdir()
-tell = lambda event: print(event["text"], file=sys.stderr)
+tell = lambda event: print(event.text, file=sys.stderr)
 try:
     print(json.dumps(base_model.fetch(section, Path(out), Path(out) / "cache", Path(out), tell)))
 except FinetuneError as error:

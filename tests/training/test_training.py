@@ -17,6 +17,7 @@ from finetune_assets.training.monitor import curve
 from finetune_assets.training.monitor.log import Log
 from finetune_assets.training.stages import sft
 from finetune_assets.worker import launch
+from tests.support.events import json_into
 from tests.support.training_fixtures import chat, tiny_base, write_rows
 
 CPU = Device("cpu", "fp32", "test CPU", 8.0)
@@ -71,7 +72,7 @@ def run(base: Path, tmp_path: Path):
             train=TrainSection.model_validate({**FAST, **changes}),
             model=MODEL,
             device=CPU,
-            progress=events.append,
+            progress=json_into(events),
         )
         return report, events, out
 
@@ -260,7 +261,7 @@ def test_other_errors_are_not_taken_for_memory(run, monkeypatch: pytest.MonkeyPa
 
 def test_time_left_follows_the_tokens() -> None:
     events: list[dict[str, Any]] = []
-    log = Log(events.append, total_tokens=1000)
+    log = Log(json_into(events), total_tokens=1000)
     log.step(1, 10, 0.1, {"loss": 2.0, "num_tokens": 250, "learning_rate": 1e-3})
     assert events[0]["seconds_left"] == pytest.approx(3 * log.seconds)
     with pytest.raises(StepFailed, match="nan at step 2 of 10"):
@@ -342,6 +343,6 @@ def test_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
         "device": "cpu",
     }
     events: list[dict[str, Any]] = []
-    report = launch.run(job, events.append)
+    report = launch.run(job, json_into(events))
     assert report["steps"] == 6 and (out / "adapter_model.safetensors").exists()
     assert [event["event"] for event in events][:3] == ["message", "message", "step"]

@@ -19,7 +19,9 @@ import pytest
 from dagster_pipes import encode_param
 
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Event
 from finetune_assets.worker import launch
+from tests.support.events import json_into
 
 # Dagster Pipes as it is spoken, word for word: no import, so that a worker starts in no time.
 HEAD = """
@@ -68,13 +70,13 @@ def test_events_and_report_arrive_whatever_is_printed(worker) -> None:
     command = worker("""
         print("noise on stdout", flush=True)
         os.write(2, b"noise \\xff on stderr\\n")
-        send(event="step", step=1, loss=2.5)
+        send(event="step", step=1, steps=4, loss=2.5)
         send(event="message", text=job["word"])
         send(event="done", report={"rows": 3})
     """)
     seen: list[dict[str, Any]] = []
-    assert launch.run({**TASK, "word": "米赞"}, seen.append, worker=command) == {"rows": 3}
-    assert seen == [{"event": "step", "step": 1, "loss": 2.5}, {"event": "message", "text": "米赞"}]
+    assert launch.run({**TASK, "word": "米赞"}, json_into(seen), worker=command) == {"rows": 3}
+    assert seen == [{"event": "step", "step": 1, "steps": 4, "loss": 2.5}, {"event": "message", "text": "米赞"}]
 
 
 def test_what_is_no_event_of_ours_is_passed_on_in_its_place(worker) -> None:
@@ -87,9 +89,11 @@ def test_what_is_no_event_of_ours_is_passed_on_in_its_place(worker) -> None:
     """)
     seen: list[str] = []
     launch.run(
-        TASK, lambda event: seen.append(event["text"]), hear=lambda message: seen.append(message["method"]),
+        TASK,
+        lambda event: seen.append(event.as_json()["text"]),
+        on_message=lambda message: seen.append(message["method"]),
         worker=command,
-    )  # fmt: skip
+    )
     assert seen == ["opened", "first", "log", "closed"]
 
 
@@ -110,22 +114,22 @@ def test_a_line_that_a_dying_worker_did_not_finish_is_left_out(worker) -> None:
     """)
     seen: list[dict[str, Any]] = []
     with pytest.raises(StepFailed, match="SIGKILL"):
-        launch.run(TASK, seen.append, worker=command)
+        launch.run(TASK, json_into(seen), worker=command)
     assert seen == [{"event": "message", "text": "whole"}]
 
 
 def test_a_worker_that_has_said_all_and_does_not_end_is_ended(worker) -> None:
     command = worker("""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        send(event="message", pid=os.getpid())
+        send(event="message", text=str(os.getpid()))
         send(event="done", report={"rows": 3})
         say("closed")
         time.sleep(60)
     """)
     seen: list[dict[str, Any]] = []
     began = time.monotonic()
-    assert launch.run(TASK, seen.append, worker=command, grace_seconds=0.3) == {"rows": 3}
-    assert time.monotonic() - began < 5 and gone(seen[0]["pid"])
+    assert launch.run(TASK, json_into(seen), worker=command, grace_seconds=0.3) == {"rows": 3}
+    assert time.monotonic() - began < 5 and gone(int(seen[0]["text"]))
 
 
 def test_a_job_larger_than_a_pipe_arrives(worker) -> None:
@@ -163,7 +167,7 @@ STUBBORN = f"""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     child = subprocess.Popen({SLEEPER!r})
-    send(event="message", pids=[os.getpid(), child.pid])
+    send(event="message", text=f"{{os.getpid()}} {{child.pid}}")
     time.sleep(60)
 """
 
@@ -172,8 +176,8 @@ STUBBORN = f"""
 def test_any_exception_ends_the_whole_group_even_a_stubborn_one(worker, error: type[BaseException]) -> None:
     pids: list[int] = []
 
-    def progress(event: dict[str, Any]) -> None:
-        pids.extend(event["pids"])
+    def progress(event: Event) -> None:
+        pids.extend(int(pid) for pid in event.as_json()["text"].split())
         raise error
 
     began = time.monotonic()
@@ -188,11 +192,11 @@ def test_term_comes_first_so_that_a_worker_can_put_its_things_away(worker, tmp_p
         def bye(*_):
             open({str(tmp_path / "tidied")!r}, "w").close(); sys.exit(0)
         signal.signal(signal.SIGTERM, bye)
-        send(event="message")
+        send(event="message", text="ready")
         time.sleep(60)
     """)
 
-    def progress(event: dict[str, Any]) -> None:
+    def progress(event: Event) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -205,13 +209,13 @@ def test_term_comes_first_so_that_a_worker_can_put_its_things_away(worker, tmp_p
 def test_what_has_left_the_group_is_ended_too(worker, cancelled: bool) -> None:
     command = worker(f"""
         child = subprocess.Popen({SLEEPER!r}, start_new_session=True)
-        send(event="message", pid=child.pid)
+        send(event="message", text=str(child.pid))
         send(event="done", report={{}})
     """)
     pids: list[int] = []
 
-    def progress(event: dict[str, Any]) -> None:
-        pids.append(event["pid"])
+    def progress(event: Event) -> None:
+        pids.append(int(event.as_json()["text"]))
         if cancelled:
             raise KeyboardInterrupt
 
@@ -223,12 +227,12 @@ def test_what_has_left_the_group_is_ended_too(worker, cancelled: bool) -> None:
 def test_helpers_left_by_a_finished_worker_are_ended(worker) -> None:
     command = worker(f"""
         child = subprocess.Popen({SLEEPER!r})
-        send(event="message", pid=child.pid)
+        send(event="message", text=str(child.pid))
         send(event="done", report={{}})
     """)
     seen: list[dict[str, Any]] = []
-    launch.run(TASK, seen.append, worker=command)
-    assert gone(seen[0]["pid"])
+    launch.run(TASK, json_into(seen), worker=command)
+    assert gone(int(seen[0]["text"]))
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -241,7 +245,7 @@ def test_nothing_outlives_launcher_or_guard(worker, tmp_path: Path, how: int, vi
     launcher.write_text(
         "import sys\nfrom finetune_assets.worker import launch\n"
         f"worker = {command!r}\n"
-        "show = lambda event: print(*event['pids'], flush=True)\n"
+        "show = lambda event: print(event.text, flush=True)\n"
         "launch.run({'task': 'train'}, show, worker=worker, grace_seconds=0.3)\n",
         encoding="utf-8",
     )
@@ -264,12 +268,13 @@ def test_nothing_outlives_launcher_or_guard(worker, tmp_path: Path, how: int, vi
 
 def test_a_terminals_ctrl_c_does_not_reach_the_worker_by_itself(worker) -> None:
     command = worker("""
-        send(event="message", session=os.getsid(0), group=os.getpgid(0), pid=os.getpid())
+        send(event="message", text=json.dumps({"session": os.getsid(0), "group": os.getpgid(0), "pid": os.getpid()}))
         send(event="done", report={})
     """)
     seen: list[dict[str, Any]] = []
-    launch.run(TASK, seen.append, worker=command)
-    assert seen[0]["session"] != os.getsid(0) and seen[0]["group"] == seen[0]["pid"]
+    launch.run(TASK, json_into(seen), worker=command)
+    ids = json.loads(seen[0]["text"])
+    assert ids["session"] != os.getsid(0) and ids["group"] == ids["pid"]
 
 
 def test_it_works_in_a_thread_and_leaks_no_descriptors(worker) -> None:
@@ -289,9 +294,11 @@ def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
     messages.touch()
     body = (
         "import sys; from finetune_assets.worker import __main__ as worker\n"
+        "from finetune_assets.reporting.errors import BadInput\n"
+        "from finetune_assets.reporting.events import message\n"
         "def train(job, progress):\n"
-        "    print('noise'); progress({'event': 'message', 'text': job['device']})\n"
-        "    raise worker.BadInput('no', 'yes') if job['device'] == 'vax' else ZeroDivisionError\n"
+        "    print('noise'); progress(message(job['device']))\n"
+        "    raise BadInput('no', 'yes') if job['device'] == 'vax' else ZeroDivisionError\n"
         "worker.TASKS['train'] = train\n"
         "sys.exit(worker.main())\n"
     )

@@ -12,6 +12,7 @@ from finetune_assets.machine.device import choose_device
 from finetune_assets.recipe import EvaluateSection, ModelSection, TrainSection
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.worker import launch
+from tests.support.events import json_into
 from tests.support.training_fixtures import chat, tiny_base, write_rows
 
 TRAIN = TrainSection(max_steps=2, per_device_train_batch_size=2, cutoff_len=64)
@@ -31,12 +32,12 @@ def test_it_trains_and_it_scores(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
 
     train = {"task": "train", "out": str(adapter), "validation": None, "vocabulary": None, "device": "cpu"}
-    assert launch.run({**shared, **train}, events.append)["steps"] == 2
+    assert launch.run({**shared, **train}, json_into(events))["steps"] == 2
     assert [event["event"] for event in events] == ["message", "message", "step", "step"]
 
     files = {"task": "evaluate", "adapter": str(adapter), "test": str(test), "out": str(scores)}
     score = {**files, "evaluate": EVALUATE.model_dump(), "device": "cpu"}
-    report = launch.run({**shared, **score}, events.append)
+    report = launch.run({**shared, **score}, json_into(events))
     assert events[-1]["step"] == events[-1]["steps"] == 4
 
     device = choose_device(kind="cpu")

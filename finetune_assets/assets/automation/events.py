@@ -33,7 +33,7 @@ POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wa
 Event = dg.AssetObservation | dg.AssetMaterialization
 
 
-def news(observed: Observed, instance: DagsterInstance) -> list[Event]:
+def pending_events(observed: Observed, instance: DagsterInstance) -> list[Event]:
     """The events that bring Dagster up to date on a recipe; none when it is."""
     found: list[Event] = []
     for event in observations(observed):

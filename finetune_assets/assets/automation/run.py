@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 from finetune_assets.lineage.readings import observe
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import FinetuneError, StepFailed, unforeseen
-from finetune_assets.reporting.events import watching
+from finetune_assets.reporting.events import Watcher, watching
 
 
 def run_chain(
     recipe: Recipe,
     project: Project,
     assets: Collection[str],
-    watcher: Callable[[str, dict[str, Any]], None],
+    watcher: Watcher,
     *,
     force: bool = False,
 ) -> str:
@@ -31,7 +30,7 @@ def run_chain(
     from filelock import FileLock
 
     from finetune_assets.assets.automation.chain import bound, recipe_definitions
-    from finetune_assets.assets.automation.events import news
+    from finetune_assets.assets.automation.events import pending_events
     from finetune_assets.assets.automation.sensors import TARGET_TAG
     from finetune_assets.assets.keys import asset_key, job_name
     from finetune_assets.assets.step_asset import FORCE_TAG
@@ -53,7 +52,7 @@ def run_chain(
                 tags={**tags, **this_process()},
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
-            for event in news(observe(recipe, project), instance):
+            for event in pending_events(observe(recipe, project), instance):
                 instance.report_runless_asset_event(event)
             return result.run_id
     except dg.Failure as failure:

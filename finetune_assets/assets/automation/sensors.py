@@ -7,7 +7,7 @@ what the recipe asks for, so nothing that changed while it was off, or while a r
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from finetune_assets.assets.automation.events import news
+from finetune_assets.assets.automation.events import pending_events
 from finetune_assets.assets.keys import asset_key, job_name, word_of
 from finetune_assets.lineage.readings import Observed, observe
 from finetune_assets.recipe import Recipe
@@ -93,7 +93,7 @@ def observe_sensor(project: Project) -> dg.SensorDefinition:
         events, broken = [], []
         for path in recipe_files(project.configs):
             try:
-                events += news(observe(load_recipe(path), project), context.instance)
+                events += pending_events(observe(load_recipe(path), project), context.instance)
             except Exception as error:  # whatever is wrong with one recipe, the others are looked at
                 known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
                 broken.append(f"{clean(recipe_name(path))}: {known}")

@@ -22,6 +22,7 @@ from finetune_assets.export.parity.held_out import suited
 from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import Head, Tensor, read_head
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Progress, StepProgress, message, silent
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,6 @@ TOKENS = 32_768  # read at most
 LONGEST = 512  # tokens of a conversation that are read; llama-imatrix's own
 SAME = 1e-3  # how far sums of a column's weights may be apart that were added up in another order
 
-Progress = Callable[[dict[str, Any]], None]
-
 
 def measure(
     merged: Path,
@@ -43,7 +42,7 @@ def measure(
     device: Device,
     *,
     trust_remote_code: bool = False,
-    progress: Progress = lambda event: None,
+    progress: Progress = silent,
 ) -> None:
     """Have the merged model read conversations, and write the importance matrix of its GGUF file.
 
@@ -66,7 +65,7 @@ def measure(
             "raise dataset.val_size, or take gguf.imatrix: train",
         )
     device = suited(device, merged)
-    progress({"event": "message", "text": f"reading {rows.stem} rows to see which weights matter, on {device.name}"})
+    progress(message(f"reading {rows.stem} rows to see which weights matter, on {device.name}"))
     model = load_model(merged, None, device, trust_remote_code=trust_remote_code)
     seen = named(collect(model, chosen, progress), dict(model.named_parameters()), gguf)
     write_imatrix(out, seen, dataset=rows.name, chunks=len(chosen), chunk_size=LONGEST)
@@ -129,8 +128,8 @@ def collect(model: Any, chosen: Sequence[Sequence[int]], progress: Progress) -> 
             model(input_ids=torch.tensor([ids], device=model.device), use_cache=False, logits_to_keep=1)
         read += len(ids)
         speed = read / max(time.monotonic() - began, 1e-9)
-        told = {"tokens_per_second": speed, "seconds_left": (total - read) / speed}
-        progress({"event": "step", "step": step, "steps": len(chosen), **told})
+        left = (total - read) / speed
+        progress(StepProgress(step=step, steps=len(chosen), tokens_per_second=speed, seconds_left=left))
     return {name: Inputs(sums[name].numpy(), counts[name].numpy()) for name in sums if counts[name].any()}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.converter import convert, natural_type
 from finetune_assets.export.gguf.quantise import WEIGHED, link_or_copy, make_types
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.digests import digest_of_file
 
 
@@ -24,7 +25,7 @@ def make_gguf(
     trust_remote_code: bool = False,
     kept: Mapping[str, tuple[Path, str]],
     measure: Callable[[Path, Path], None] | None,
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Write `out`/`name`-TYPE.gguf for every type; type -> {"file": its name, "bytes": its size, "sha256": hex}.
 
@@ -63,13 +64,13 @@ def make_gguf(
         source = whole(full)
         if source is None:
             source = out / f"{name}-{full}.gguf"
-            progress({"event": "message", "text": f"converting to GGUF ({full})"})
+            progress(message(f"converting to GGUF ({full})"))
             convert(merged, source, full, cache, name=name, about=about, trust_remote_code=trust_remote_code)
         if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
             measure(source, matrix)
         importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None
         for number, kind in enumerate(missing, 1):
-            progress({"event": "message", "text": f"making {kind} ({number} of {len(missing)})"})
+            progress(message(f"making {kind} ({number} of {len(missing)})"))
             if made[kind] != source:
                 make_types(source, [kind], out, name, importance)
             digests[kind] = digest_of_file(made[kind])

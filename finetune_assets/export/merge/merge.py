@@ -26,8 +26,7 @@ from finetune_assets.models.formats.safetensors import (
     write_index,
 )
 from finetune_assets.reporting.errors import BadInput
-
-Progress = Callable[[dict[str, Any]], None]
+from finetune_assets.reporting.events import Progress, StepProgress, silent
 
 # Where a configuration says how its weights were quantised: Hugging Face's, compressed-tensors' of old, MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
@@ -42,7 +41,7 @@ def merge(
     export_dtype: ExportDtype,
     device: str = "cpu",
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write `base` with `adapter` merged into it as a Hugging Face folder to `out`.
 
@@ -51,7 +50,7 @@ def merge(
         export_dtype: dtype of the floating-point weights; "auto" keeps each tensor's own.
         trust_remote_code: run the base's own code, where PEFT does the work.
         device: torch's name of where to compute; elsewhere than on the CPU sums may be rounded otherwise.
-        progress: called with {"event": "step", "step": tensors written, "steps": all of them}.
+        progress: is called with a `StepProgress` for each tensor that is written.
 
     Returns:
         A report: method ("streamed" or "peft", then with a reason), tensors, merged, replaced, shards, bytes, seconds.
@@ -105,7 +104,7 @@ class _Stream:
     shard_bytes: int
     export_dtype: ExportDtype
     device: str
-    progress: Progress | None
+    progress: Progress
 
     def write(self, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
         """Write the weights and their index; what `merge` reports, and "tied" (see `Plan`)."""
@@ -136,7 +135,6 @@ class _Stream:
         def count() -> None:
             nonlocal done
             done += 1
-            if self.progress is not None:
-                self.progress({"event": "step", "step": done, "steps": steps})
+            self.progress(StepProgress(step=done, steps=steps))
 
         return count

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune_assets.export.ollama import served_checks as ollama_checks
 from finetune_assets.export.ollama.behaviour import Behaviour, behaviour
@@ -14,11 +14,11 @@ from finetune_assets.export.ollama.modelfile import OllamaModel
 from finetune_assets.export.ollama.server import upload as ollama_upload
 from finetune_assets.export.ollama.server.api import answers, digests, listed, show
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message, silent
 
 if TYPE_CHECKING:
     from ollama import Client
 
-Progress = Callable[[dict[str, Any]], None]
 
 STAGING = "staging"  # begins the tags of models that are being made
 PATIENCE = 600.0  # seconds for one request: a busy CPU server takes its time to load a model
@@ -45,7 +45,7 @@ def create(
     expected: Mapping[str, Expected],
     *,
     retired: Mapping[str, str] | None = None,
-    progress: Progress = lambda event: None,
+    progress: Progress = silent,
 ) -> dict[str, Made]:
     """Make models of one base name on the server; by name.
 
@@ -63,7 +63,7 @@ def create(
     from ollama import Client, RequestError, ResponseError
 
     def say(text: str) -> None:
-        progress({"event": "message", "text": text})
+        progress(message(text))
 
     base = models[0].base
     client = Client(host=host, timeout=PATIENCE, trust_env=False)

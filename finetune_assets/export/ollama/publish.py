@@ -6,7 +6,7 @@ A server started with that store as its OLLAMA_MODELS serves it as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.serving_commands import context_of_gguf
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.artifact import Artifact
 
-Progress = Callable[[dict[str, Any]], None]
 ROOM = 256  # bytes, and therefore tokens at most, of a short question with the words that a template puts around it
 RECORDED = ("name", "models", "template", "system", "parameters")
 OWN_STORE = "the project's own"  # on record in place of a path, which is another one once the project has moved
@@ -121,7 +121,7 @@ def serve(
     if ollama_server.answers(host) is not None:
         from finetune_assets.export.ollama.create import create
 
-        progress({"event": "message", "text": "asking llama.cpp what to expect"})
+        progress(message("asking llama.cpp what to expect"))
         replies = {name: expected(model) for name, model in wanted.items()}
         made = create(host, list(wanted.values()), replies, retired=retired, progress=progress)
         previous = {name: one.previous for name, one in made.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune_assets.export.ollama.publish import serve, serving_problem
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Message, Progress
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.artifact_store import ArtifactStore
 
@@ -20,7 +19,7 @@ def rollback(
     recipe: str,
     project: Project,
     store: ArtifactStore,
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
     *,
     to: str | None = None,
 ) -> Artifact:
@@ -45,7 +44,7 @@ def rollback(
                 weights_of(store, recipe, target),
                 before=present.metrics if present is not None else {},
                 models=project.ollama_models,
-                progress=lambda event: progress(event) if event["event"] == "message" else None,
+                progress=lambda event: progress(event) if isinstance(event, Message) else None,
             )
             facts = {**target.metrics, **place}
             if (problem := serving_problem(facts, project.ollama_models)) is not None:

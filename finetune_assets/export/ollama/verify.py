@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from finetune_assets.export.ollama import served_checks as ollama_checks
@@ -14,6 +14,7 @@ from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.ollama.weights import source_of
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.store.digests import DigestCache
@@ -22,9 +23,7 @@ ASSET = "ollama_model"
 PATIENCE = 600.0  # seconds for an answer: a busy CPU server takes its time to load a model
 
 
-def verify(
-    recipe: str, project: Project, store: ArtifactStore, progress: Callable[[dict[str, Any]], None]
-) -> dict[str, list[Check]]:
+def verify(recipe: str, project: Project, store: ArtifactStore, progress: Progress) -> dict[str, list[Check]]:
     """Check what was put in place last: in our own store if it went there, and on the server if one answers.
 
     Of the artifacts and of our own store every byte is read again. A server is asked for its account of each model, and
@@ -48,13 +47,13 @@ def verify(
     wanted = recorded(facts, store.folder(recipe, "gguf_file") / artifact.inputs["gguf_file"])
     if facts["where"] == "store":
         for name, model in wanted.items():
-            progress({"event": "message", "text": f"reading {name} in {models}"})
+            progress(message(f"reading {name} in {models}"))
             found[f"{name} in the store {models}"] = ollama_checks.in_store(models, model, digests_of(facts)[name])
     host = ollama_server.configured_host()
     if (version := ollama_server.answers(host)) is not None:
         there = ollama_server.digests(host)
         for name, model in wanted.items():
-            progress({"event": "message", "text": f"asking {name} on {host}"})
+            progress(message(f"asking {name} on {host}"))
             digest = there.get(ollama_server.listed(name))
             served = Check("digest", digest == digests_of(facts)[name], digest or "no such model")
             whole = all(check.ok for check in checks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from finetune_assets.export.parity.held_out import choose, logits, suited
 from finetune_assets.models.decoding import load_chat, load_model
 from finetune_assets.models.formats.safetensors import Checkpoint
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message, silent
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def check(
     device: Device,
     *,
     trust_remote_code: bool = False,
-    progress: Callable[[dict[str, Any]], None] = lambda event: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Compare the merged model with base and adapter; one of the two is in memory at a time.
 
@@ -74,7 +75,7 @@ def check(
         told = torch.cat(logits(model, chosen))
         return told - told.mean(-1, keepdim=True)  # a constant more on all tokens says nothing
 
-    progress({"event": "message", "text": f"reading held-out rows with base and adapter on {device.name}"})
+    progress(message(f"reading held-out rows with base and adapter on {device.name}"))
     model = load_model(base, adapter, device, trust_remote_code=trust_remote_code)
     tuned = says(model)
     with model.disable_adapter():
@@ -85,7 +86,7 @@ def check(
         stored = {checkpoint.spec(name).dtype for name in checkpoint}
     del model
     gc.collect()
-    progress({"event": "message", "text": "reading them with the merged model"})
+    progress(message("reading them with the merged model"))
     difference = _distance(says(load_model(merged, None, device, trust_remote_code=trust_remote_code)), tuned)
     allowed = max((LIMITS[dtype] for dtype in stored if dtype in LIMITS), default=LIMITS["F32"])
     if device.precision != "fp32":

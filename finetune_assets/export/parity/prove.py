@@ -29,6 +29,7 @@ from finetune_assets.models.decoding import context_length, load_chat, load_mode
 from finetune_assets.models.engines.llama_cpp_probe import Distribution, ProbeEngine
 from finetune_assets.models.formats.gguf import Head
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, message, silent
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 CHECKS = (*EXACT, "kl")
 
-Progress = Callable[[dict[str, Any]], None]
 
 ROOM = 32  # tokens of context beside the longest conversation, for what is decoded to take the time
 TAIL = 1e-7  # of a probability: less is float32's rounding
@@ -79,7 +79,7 @@ def prove(
     recorded: Mapping[str, Figures],
     written: Mapping[str, str] | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = lambda event: None,
+    progress: Progress = silent,
 ) -> dict[str, Figures]:
     """Check every file against the merged model; its figures by type.
 
@@ -103,9 +103,9 @@ def prove(
             figures, failures = recorded[kind], []
         else:
             if reference is None:
-                progress({"event": "message", "text": "reading held-out conversations with the merged model"})
+                progress(message("reading held-out conversations with the merged model"))
                 reference = refer(merged, held_out, device(), trust_remote_code=trust_remote_code)
-            progress({"event": "message", "text": f"proving {kind} ({number} of {len(files)})"})
+            progress(message(f"proving {kind} ({number} of {len(files)})"))
             figures, failures = examine(file, reference, sha256=(written or {}).get(kind))
         if figures is not None:
             failures = [*failures, *judge(kind, figures, max_kl)]

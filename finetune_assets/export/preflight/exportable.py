@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from finetune_assets.export.gguf.converter import convert_vocabulary, converter_version
 from finetune_assets.export.merge.folder import read_json
 from finetune_assets.export.merge.merge import refuse_quantised
+from finetune_assets.reporting.events import Progress, message
 
 
 def check_exportable(
     base: Path,
     identity: str,
     cache: Path,
-    progress: Callable[[dict[str, Any]], None],
+    progress: Progress,
     *,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -42,6 +41,6 @@ def check_exportable(
     vocabulary = cache / "vocabularies" / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.gguf"
     if vocabulary.is_file():
         return vocabulary
-    progress({"event": "message", "text": "asking llama.cpp's converter whether it knows the base model"})
+    progress(message("asking llama.cpp's converter whether it knows the base model"))
     convert_vocabulary(base, vocabulary, cache, trust_remote_code=trust_remote_code)
     return vocabulary

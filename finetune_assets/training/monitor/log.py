@@ -1,19 +1,16 @@
-"""What a training run says while it runs: one event per logged step and per validation, as plain dicts."""
+"""What a training run says while it runs: one event per logged step and per validation."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.reporting.errors import StepFailed
+from finetune_assets.reporting.events import Progress, StepProgress, Validation
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
-
-Event = dict[str, Any]
-Progress = Callable[[Event], None]
 
 
 class Log:
@@ -27,7 +24,10 @@ class Log:
     def __init__(self, progress: Progress, total_tokens: int):
         self.progress = progress
         self.total_tokens = total_tokens
-        self.entries: list[Event] = []  # no times in here: the file made of it must not differ between two runs
+        # no times in here: the file made of it must not differ between two runs
+        self.entries: list[StepProgress | Validation] = []
+        self.losses: list[tuple[int, float]] = []  # (step, loss)
+        self.validation_losses: list[tuple[int, float]] = []
         self.tokens = 0
         self.seconds = 0.0
         self._began = time.monotonic()
@@ -49,25 +49,29 @@ class Log:
                 f"the loss became {loss} at step {step} of {steps}: the training has diverged",
                 "lower train.learning_rate, add train.warmup_steps, or set train.bf16: true instead of fp16",
             )
-        entry: Event = {"event": "step", "step": step, "steps": steps, "epoch": round(epoch, 4), "loss": loss}
+        entry = StepProgress(
+            step=step,
+            steps=steps,
+            epoch=round(epoch, 4),
+            loss=loss,
+            learning_rate=float(logs["learning_rate"]),
+            tokens=self.tokens,
+        )
         if "grad_norm" in logs:
-            entry["grad_norm"] = float(logs["grad_norm"])
-        entry |= {"learning_rate": float(logs["learning_rate"]), "tokens": self.tokens}
+            entry = entry.model_copy(update={"grad_norm": float(logs["grad_norm"])})
         self.entries.append(entry)
+        self.losses.append((step, loss))
         done = self.tokens / self.total_tokens if self.total_tokens else step / steps
         left = self.seconds * max(0.0, 1 / done - 1) if done else None
         speed = self.tokens / self.seconds if self.seconds else None
-        self.progress({**entry, "tokens_per_second": speed, "seconds_left": left})
+        self.progress(entry.model_copy(update={"tokens_per_second": speed, "seconds_left": left}))
 
     def validation(self, step: int, epoch: float, loss: float) -> None:
         """A validation loss, in nats per learnt token."""
-        entry: Event = {"event": "validation", "step": step, "epoch": round(epoch, 4), "loss": loss}
+        entry = Validation(step=step, epoch=round(epoch, 4), loss=loss)
         self.entries.append(entry)
+        self.validation_losses.append((step, loss))
         self.progress(entry)
-
-    def series(self, event: str) -> list[tuple[int, float]]:
-        """(step, loss) of each "step" or "validation"."""
-        return [(entry["step"], entry["loss"]) for entry in self.entries if entry["event"] == event]
 
 
 def callback(log: Log) -> TrainerCallback:

@@ -22,8 +22,9 @@ from finetune_assets.machine.device import Device
 from finetune_assets.models.decoding import load_network
 from finetune_assets.recipe import ModelSection, TrainSection, did_you_mean
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Progress, message
 from finetune_assets.training.monitor import curve
-from finetune_assets.training.monitor.log import Log, Progress, callback
+from finetune_assets.training.monitor.log import Log, callback
 from finetune_assets.training.rows import EncodedRows, encode_file
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def train(
         BadInput: rows or settings do not fit the base model, or nothing is left to learn.
         StepFailed: out of memory, or the loss became infinite.
     """
-    progress({"event": "message", "text": f"loading the base model on {device.name} in {device.precision}"})
+    progress(message(f"loading the base model on {device.name} in {device.precision}"))
     tokenizer = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     tokenizer.chat_template = pinned(resolve_template(model.template, tokenizer))
     data = encode_file(rows, tokenizer, train, model)
@@ -112,17 +113,14 @@ def _run(
     assert isinstance(adapted, PeftModel)
     trainable, total = adapted.get_nb_trainable_parameters()
     progress(
-        {
-            "event": "message",
-            "text": f"training {trainable:,} of {total:,} parameters on {len(data.rows)} rows ({data.tokens:,} tokens)",
-        }
+        message(f"training {trainable:,} of {total:,} parameters on {len(data.rows)} rows ({data.tokens:,} tokens)")
     )
     initial = out / "initial" if train.pissa_init else None
     if initial is not None:
         adapted.save_pretrained(str(initial), save_embedding_layers=False)
     outcome = trainer.train()
-    losses = log.series("step")
-    validations = log.series("validation")
+    losses = log.losses
+    validations = log.validation_losses
     _save(adapted, tokenizer, out, initial, model, log)
     return {
         "rows": len(data.rows),
@@ -280,8 +278,8 @@ def _save(
     tokenizer.save_pretrained(out)
     _write_json(out / "chat.json", chat_settings(tokenizer, model.default_system))
     with (out / "training_log.jsonl").open("w", encoding="utf-8", newline="\n") as lines:
-        lines.writelines(json.dumps(entry) + "\n" for entry in log.entries)
-    curve.draw(out / "loss.png", log.series("step"), log.series("validation"))
+        lines.writelines(json.dumps(entry.as_json()) + "\n" for entry in log.entries)
+    curve.draw(out / "loss.png", log.losses, log.validation_losses)
 
 
 def _write_json(path: Path, value: object) -> None:

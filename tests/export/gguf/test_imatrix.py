@@ -25,10 +25,12 @@ from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from finetune_assets.reporting.events import Event
 from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.worker import __main__ as worker
 from finetune_assets.worker import launch
 from tests.conftest import MiniProject, make_mini, rows
+from tests.support.events import json_into
 from tests.support.export_fixtures import CHATML, VOCABULARY, converter_cache, tiny_base, tiny_tokenizer
 from tests.support.history_fixtures import BODIES
 
@@ -93,7 +95,7 @@ def mixture_gguf(mixture: Path, request: pytest.FixtureRequest) -> Path:
     return converted(mixture, request.config)
 
 
-def nothing(event: dict[str, Any]) -> None:
+def nothing(event: Event) -> None:
     pass
 
 
@@ -114,7 +116,7 @@ def test_sums_are_those_of_every_layer_s_inputs(merged: Path, cpu: Device) -> No
 
     hooks = [module.register_forward_pre_hook(partial(note, name)) for name, module in layers.items()]
     events: list[dict[str, Any]] = []
-    found = imatrix.collect(model, IDS, events.append)
+    found = imatrix.collect(model, IDS, json_into(events))
     for hook in hooks:
         hook.remove()
     assert len(layers) == 2 * 7 + 1
@@ -268,7 +270,7 @@ def test_the_same_rows_give_the_same_bytes_in_any_process(
     job = {"task": "imatrix", "out": str(tmp_path), "merged": str(merged), "gguf": str(gguf), "device": "cpu"}
     job |= {"rows": str(train), "file": str(tmp_path / "there.gguf"), "model": {"model_name_or_path": "x"}}
     events: list[dict[str, Any]] = []
-    assert launch.run(job, events.append, env={"OMP_NUM_THREADS": "1"}) == {}
+    assert launch.run(job, json_into(events), env={"OMP_NUM_THREADS": "1"}) == {}
     assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "there.gguf").read_bytes()
     assert [event["event"] for event in events] == ["message", *["step"] * 9]
     assert events[0]["text"].startswith("reading train rows to see which weights matter")
@@ -306,8 +308,8 @@ class Exports:
 
         self.bodies = {**BODIES, "merged_model": merge, "gguf_file": gguf_file.build}
 
-    def hear(self, event: dict[str, Any]) -> None:
-        self.said.append(event.get("text", ""))
+    def hear(self, event: Event) -> None:
+        self.said.append(event.as_json().get("text", ""))
 
     def launch(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
         self.tasks.append(job["task"])

@@ -15,6 +15,7 @@ import pytest
 from finetune_assets.export.merge import blocks as merge_blocks
 from finetune_assets.export.merge.merge import merge, refuse_quantised
 from finetune_assets.reporting.errors import BadInput, StepFailed
+from tests.support.events import json_into
 from tests.support.export_fixtures import tiny_adapter, tiny_base
 
 torch = pytest.importorskip("torch")
@@ -70,7 +71,9 @@ def test_equals_peft_bit_for_bit(bases: dict[str, Path], tmp_path: Path, name: s
 def test_shards_index_and_bytes(bases: dict[str, Path], tmp_path: Path) -> None:
     adapter = tiny_adapter(bases["untied"], tmp_path / "adapter")
     seen: list[dict[str, Any]] = []
-    one = merge(bases["untied"], adapter, tmp_path / "one", export_size=5, export_dtype="auto", progress=seen.append)
+    one = merge(
+        bases["untied"], adapter, tmp_path / "one", export_size=5, export_dtype="auto", progress=json_into(seen)
+    )
     many = merge(bases["untied"], adapter, tmp_path / "many", export_size=0.0001, export_dtype="auto")
     again = merge(bases["untied"], adapter, tmp_path / "again", export_size=0.0001, export_dtype="auto")
     assert seen[-1] == {"event": "step", "step": one["tensors"], "steps": one["tensors"]}
@@ -138,7 +141,7 @@ def test_a_disk_without_room_says_so_before_anything_is_computed(
     monkeypatch.setattr(os, "posix_fallocate", full)
     seen: list[dict[str, Any]] = []
     with pytest.raises(OSError, match="No space left"):
-        merge(bases["untied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto", progress=seen.append)
+        merge(bases["untied"], adapter, tmp_path / "out", export_size=5, export_dtype="auto", progress=json_into(seen))
     assert not seen
     assert asked == [(bases["untied"] / "model.safetensors").stat().st_size]
 

@@ -25,6 +25,7 @@ from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.reporting.errors import StepFailed
 from tests.conftest import MiniProject
 from tests.machine.test_disk import small_disk
+from tests.support.events import json_into
 from tests.support.history_fixtures import make_chain, plan_of
 from tests.support.ollama_fixtures import Files, needs_server, put, served, tiny_files
 from tests.support.tcp_proxy import Fault, Proxy
@@ -47,7 +48,7 @@ class Case:
 
     def put(self, host: str, model: OllamaModel) -> str:
         self.events.clear()
-        return put(host, model, replies={NAME: self.reply(model)}, progress=self.events.append)[NAME].digest
+        return put(host, model, replies={NAME: self.reply(model)}, progress=json_into(self.events))[NAME].digest
 
     def said(self) -> list[str]:
         return [event["text"] for event in self.events if event["event"] == "message"]

@@ -30,6 +30,7 @@ from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
 from tests.export.ollama.test_go_template import BRACES, END_MARKED, LATE, LEFT_OUT
+from tests.support.events import json_into
 from tests.support.ollama_fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files
 from tests.support.tcp_proxy import Fault, Proxy
 
@@ -252,7 +253,7 @@ def test_real_server_and_own_store_agree(files: Files, smollm2: Path, host: str,
     reply = expected(model)
     assert reply.prompt_tokens == tokens(smollm2, files.q8_0, [{"role": "system", "content": SYSTEM}, *reply.messages])
     events: list[dict[str, Any]] = []
-    made = put(host, model, replies={model.name: reply}, progress=events.append)[model.name]
+    made = put(host, model, replies={model.name: reply}, progress=json_into(events))[model.name]
     stages = ["creating tiny:latest", "checking what tiny:latest serves"]
     assert told(events) == [f"sending tiny-q8_0.gguf, {files.q8_0.stat().st_size / 1e6:.1f} MB", *stages]
     steps = [event for event in events if event["event"] == "step"]
@@ -279,7 +280,7 @@ def test_real_server_and_own_store_agree(files: Files, smollm2: Path, host: str,
     assert not failed(in_store(tmp_path / "store", model, ours.digest))
     # Again: the weights are there already.
     events.clear()
-    again = put(host, model, replies={model.name: reply}, progress=events.append)[model.name]
+    again = put(host, model, replies={model.name: reply}, progress=json_into(events))[model.name]
     assert (again.digest, again.previous) == (made.digest, made.digest)
     assert told(events) == stages and len(events) == 2
     # A second server over our store takes it for its own, reads the same prompt, and says the same.

@@ -20,7 +20,9 @@ from finetune_assets.lineage.materialise import materialise
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
+from finetune_assets.reporting.events import Progress
 from tests.conftest import MiniProject, make_mini
+from tests.support.events import json_into
 from tests.support.export_fixtures import converter_cache
 
 
@@ -41,7 +43,7 @@ class Trained(Exception):
 def start_training(project: MiniProject) -> list[str]:
     """Everything up to the moment at which training starts; what was said on the way."""
 
-    def launch(job: dict[str, Any], progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
         assert read_head(Path(job["vocabulary"])).get("tokenizer.ggml.tokens"), "llama.cpp is asked by it"
         raise Trained
 
@@ -49,7 +51,7 @@ def start_training(project: MiniProject) -> list[str]:
     recipe = load_recipe(project.recipe_path())
     with pytest.raises(Trained):
         for step in (RAW_DATASET, DATASET_INFO, BASE_MODEL, LORA_ADAPTER):
-            materialise(step.name, recipe, project, step.build, events.append, launch=launch)
+            materialise(step.name, recipe, project, step.build, json_into(events), launch=launch)
     return [event.get("text", "") for event in events]
 
 
@@ -122,5 +124,5 @@ def test_the_demo_s_base_passes(smollm2: Path, tmp_path: Path, request: pytest.F
     )
     said: list[dict[str, Any]] = []
     for _ in range(2):
-        check_exportable(smollm2, "smollm2", tmp_path, said.append)
+        check_exportable(smollm2, "smollm2", tmp_path, json_into(said))
     assert len(said) == 1

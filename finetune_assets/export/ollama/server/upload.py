@@ -8,17 +8,17 @@ there?) and POST (all of it). It is sent again from the start.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finetune_assets.export.ollama.server.api import answers
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
+from finetune_assets.reporting.events import Progress, StepProgress, message
 
 if TYPE_CHECKING:
     import httpx
 
-Progress = Callable[[dict[str, Any]], None]
 
 BLOCK = 1 << 20
 ATTEMPTS = 3
@@ -46,7 +46,7 @@ def send(host: str, file: Path, sha256: str, progress: Progress) -> None:
             except httpx.TransportError as error:
                 if attempt == ATTEMPTS or not _is_there(host):
                     raise
-                progress({"event": "message", "text": f"the connection broke off ({error}): sending again"})
+                progress(message(f"the connection broke off ({error}): sending again"))
                 time.sleep(PAUSE)
 
 
@@ -56,7 +56,7 @@ def _send(client: httpx.Client, host: str, file: Path, sha256: str, progress: Pr
     place, size = f"/api/blobs/sha256:{sha256}", file.stat().st_size
     if client.head(place).is_success:
         return
-    progress({"event": "message", "text": f"sending {file.name}, {size / 1e6:.1f} MB"})
+    progress(message(f"sending {file.name}, {size / 1e6:.1f} MB"))
     answer = client.post(place, content=_reported(file, size, progress), headers={"Content-Length": str(size)})
     if answer.is_error:
         said = ResponseError(answer.text or answer.reason_phrase).error
@@ -79,7 +79,7 @@ def _reported(file: Path, size: int, progress: Progress) -> Iterator[bytes]:
             if now - last >= EVERY or done == size:
                 last = now
                 left = (now - began) / done * (size - done)
-                progress({"event": "step", "step": round(total * done / size), "steps": total, "seconds_left": left})
+                progress(StepProgress(step=round(total * done / size), steps=total, seconds_left=left))
 
 
 def _is_there(host: str) -> bool:
