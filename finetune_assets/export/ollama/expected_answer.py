@@ -19,9 +19,8 @@ from finetune_assets.reporting.errors import StepFailed
 
 # The first whose answer llama.cpp ends by itself, without an unclear choice on the way, is the one that is asked.
 QUESTIONS = ("Who are you?", "What is the capital of France?", "你好")
-# Nats between the first choice and the second. Measured with Ollama 0.9.3 and xllamacpp, 30 English and Chinese
-# questions for each of four files of a 135M model: in f16 all of 493 tokens were the same; in q8_0, q4_k_m and q4_0
-# 43 of 1,245 were not, and llama.cpp's margin there was 0.50 at most. One token in three has a margin below 1.
+# Nats between the first choice and the second; two engines chose differently at 0.50 at most. Figures:
+# docs/decisions.md#where-the-answers-of-two-llamacpp-engines-may-part
 CLEAR = 1.0
 LONGEST = 64  # tokens in which an ordinary short answer ends: the end is what shows that stop tokens are right
 # Tokens compared of an answer that does not end. Each is one of tens of thousands: a wrong model does not guess them.

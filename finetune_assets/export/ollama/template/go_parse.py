@@ -67,21 +67,24 @@ class Branch:
 Node = Text | Action | Branch
 
 
-def parse(template: str) -> tuple[Node, ...]:
-    """The nodes of a template.
+def parse(template: str, *, trim_markers: bool = True) -> tuple[Node, ...]:
+    """Return the nodes of a template.
+
+    Args:
+        trim_markers: False refuses `{{-` and `-}}`.
 
     Raises:
         ValueError: the template is not well formed, or uses what is not covered here.
     """
-    source = _pieces(template)
+    source = _pieces(template, trim_markers)
     nodes, end = _block(source)
     if end is not None:
         raise ValueError(f"{end!r} without a beginning")
     return nodes
 
 
-def _pieces(template: str) -> Iterator[tuple[bool, str]]:
-    """(is an action, text) in turn, trimmed where markers say so."""
+def _pieces(template: str, trim_markers: bool) -> Iterator[tuple[bool, str]]:
+    """Yield (is an action, text) in turn, trimmed where markers say so."""
     at, trim = 0, False
     while True:
         start = template.find("{{", at)
@@ -97,6 +100,8 @@ def _pieces(template: str) -> Iterator[tuple[bool, str]]:
         end = _close(template, begin)
         action = template[begin:end]
         trim = re.search(r"\s-$", action) is not None
+        if not trim_markers and (trim or begin > start + 2):
+            raise ValueError("trim markers are not covered")
         yield True, (action[:-1] if trim else action).strip()
         at = end + 2
 

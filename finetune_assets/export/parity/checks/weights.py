@@ -28,16 +28,13 @@ if TYPE_CHECKING:
 PAIRED = {"llama", "smollm3"}
 ONE_LESS = {"gemma3"}
 
-# Largest relative error of a row (root mean square) that a tensor's type explains; the others round nothing away. It is
-# about that of a row whose blocks hold one large weight each, and else weights that are half a step off. Measured, over
-# all rows of SmolLM2-135M and Qwen2.5-Coder-0.5B: Q8_0 0.014, Q6_K 0.030, Q5_K 0.044, Q5_1 0.089, Q5_0 0.12, Q4_K 0.10,
-# Q4_1 0.15, Q4_0 0.22, Q3_K 0.22. A row of noughts is off by 1, another row by 1.4.
+# Largest relative error of a row (root mean square) that a tensor's type explains; other types are exact. A row of
+# zeros has an error of 1. Figures: docs/decisions.md#relative-error-of-a-row-of-weights
 ROUNDING = {
     "Q8_0": 0.025, "Q6_K": 0.08, "Q5_K": 0.15, "Q5_1": 0.15, "Q5_0": 0.2, "Q4_K": 0.3, "Q4_1": 0.3, "Q4_0": 0.4,
     "Q3_K": 0.55, "Q2_K": 0.95,
 }  # fmt: skip
-# An importance matrix lets columns go that matter little: the demo's rows are off by up to 2.7 times as much (Q5_1:
-# 0.24), so more is allowed then, though never what a row of noughts has.
+# An importance matrix gives up columns that matter little, so more is allowed, but never the error of a row of zeros.
 MATRIX = "quantize.imatrix.entries_count"
 TIMES_WITH_MATRIX, MOST = 3, 0.95
 # The scales of blocks are float16, no finer than 2^-24: the weights of a block are whole multiples of its scale (times
