@@ -14,12 +14,11 @@ from finetune_assets.export.ollama import weights as ollama_weights
 from finetune_assets.export.ollama.expected_answer import Expected
 from finetune_assets.export.ollama.modelfile import OllamaModel
 from finetune_assets.export.ollama.server import api as ollama_server
+from finetune_assets.export.ollama.server.releases import CHOOSES, release
 from finetune_assets.export.ollama.template.choice import served_by
-from finetune_assets.export.ollama.weights import release
 from finetune_assets.models.engines.engine import Messages
 from finetune_assets.models.formats.gguf import read_head
 
-CHOOSES_SINCE = (0, 30, 0)
 PATIENCE = 600.0  # seconds: the server loads the model
 TEMPLATE, JINJA = "TEMPLATE", "the chat template in the GGUF file (Jinja)"
 ALIKE, OTHER = "TEMPLATE or the chat template (Jinja), which render alike", "neither TEMPLATE nor the chat template"
@@ -47,7 +46,7 @@ class Behaviour:
     def leaves_out_cached(self) -> bool:
         """Whether it may count only the prompt tokens that it had not read before, as the first 0.30 releases do."""
         found = release(self.version)
-        return found is not None and found[:2] == CHOOSES_SINCE[:2]
+        return found is not None and found[:2] == CHOOSES[:2]
 
     def __str__(self) -> str:
         return f"Ollama {self.version}: prompts by {self.prompts}, weights {self.weights}"
@@ -66,7 +65,7 @@ def behaviour(
     """
     digest = ollama_weights.source_of(ollama_server.show(host, name))
     weights = "as sent" if digest == model.sha256 else "in a copy of its own"
-    if (found := release(version)) is not None and found < CHOOSES_SINCE:
+    if (found := release(version)) is not None and found < CHOOSES:
         return Behaviour(version, TEMPLATE, weights, digest)
     prompt = rendered(host, name, expected.messages, keep_alive)
     prompts = UNKNOWN if prompt is None else _rendered_by(host, name, model, expected, prompt)

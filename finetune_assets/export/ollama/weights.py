@@ -16,12 +16,12 @@ from typing import Any
 
 from finetune_assets.export.gguf.form import cut_texts, in_form, short
 from finetune_assets.export.ollama.server import api as ollama_server
+from finetune_assets.export.ollama.server.releases import COPIES, release
 from finetune_assets.models.engines.engine import is_loopback
 from finetune_assets.models.formats.gguf import TYPE_NAMES, Head, Tensor, read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
 
-COPIES_SINCE = (0, 31, 2)
 BLOCK = 1 << 22  # bytes compared at a time
 SOURCE = re.compile(r"^FROM (.*sha256[-:]([0-9a-f]{64}))\s*$", re.MULTILINE)
 # metadata that a server leaves out of its account, or that it adds
@@ -68,14 +68,7 @@ def compare_content(
 def copies(version: str) -> bool:
     """Whether a server of this version copies weights when it creates a model; one that cannot be read counts."""
     found = release(version)
-    return found is None or found >= COPIES_SINCE
-
-
-def release(version: str) -> tuple[int, int, int] | None:
-    """0.33.1-rc2 -> (0, 33, 1); None for a build from source, which calls itself 0.0.0, or for no version."""
-    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version)
-    numbers = (int(found[1]), int(found[2]), int(found[3] or 0)) if found else (0, 0, 0)
-    return numbers if any(numbers) else None
+    return found is None or found >= COPIES
 
 
 def readable_blob(host: str, shown: Mapping[str, Any]) -> Path | None:

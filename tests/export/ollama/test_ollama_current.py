@@ -23,8 +23,9 @@ from finetune_assets.export.ollama.modelfile import OllamaModel, modelfile
 from finetune_assets.export.ollama.rollback import rollback
 from finetune_assets.export.ollama.served_checks import answered, compare, written
 from finetune_assets.export.ollama.server.api import answers, digest, show
+from finetune_assets.export.ollama.server.releases import release
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
-from finetune_assets.export.ollama.weights import compare_content, copies, release
+from finetune_assets.export.ollama.weights import compare_content, copies
 from finetune_assets.models.formats.gguf import STRING, read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file

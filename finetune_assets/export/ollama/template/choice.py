@@ -6,20 +6,18 @@ source (v0.33, August 2026: server/images.go, thinking/template.go), and nothing
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune_assets.export.ollama.server.releases import CHOOSES, KNOWS_HARMONY, release
 from finetune_assets.export.ollama.template.go_parse import Action, Branch, Node, Operand, Pipe, Text, parse
 
 Path = Literal["template", "jinja", "server"]
 Setting = Literal["0", "1"]
 
-CHOOSES = (0, 30)  # the first release that may render with the chat template
 BUILT_IN = {"gemma4", "laguna", "nemotron_h", "nemotron_h_moe", "nemotron_h_omni"}  # with a renderer of the server's
 HARMONY = {"gptoss", "gpt-oss"}
-KNOWS_HARMONY = (0, 11)  # the release that brought it
 HARMONY_MARKS = ("<|start|>", "<|end|>")
 ROLE_TOOL = [f"role{a}] == {b}tool{b}" for a in "'\"" for b in "'\""] + [f"message.role == {b}tool{b}" for b in "'\""]
 RESULTS_IN_JINJA = ("tool_response", "tool_results", *ROLE_TOOL, "ipython")
@@ -59,11 +57,11 @@ def served_by(
     Raises:
         ValueError: the TEMPLATE is not one that a server would take, or uses syntax that `go_parse` does not cover.
     """
-    release = _release(version)
+    number = release(version) or CHOOSES  # a build from source behaves as a current release
     harmony = architecture in HARMONY and go_template is not None and all(mark in go_template for mark in HARMONY_MARKS)
-    if harmony and release >= KNOWS_HARMONY:
+    if harmony and number >= KNOWS_HARMONY:
         return Choice("server", f"the server renders {architecture} models itself (harmony)")
-    if release < CHOOSES:
+    if number < CHOOSES:
         return Choice("template", f"Ollama {version} always follows TEMPLATE")
     if architecture in BUILT_IN:
         return Choice("server", f"the server renders {architecture} models itself")
@@ -118,13 +116,6 @@ def _chosen(go_template: str, jinja: str) -> Choice:
     if ours == theirs and "tools" in ours and jinja_round_trip(jinja) and not go_round_trip(go_template):
         return Choice("jinja", "the chat template writes tool calls and their results, TEMPLATE does not")
     return Choice("template", "TEMPLATE can do all that the chat template can")
-
-
-def _release(version: str | None) -> tuple[int, ...]:
-    """0.33.1-rc2 -> (0, 33, 1). A text without numbers is a build from source: a current one."""
-    found = re.match(r"v?(\d+)\.(\d+)(?:\.(\d+))?", version or "")
-    numbers = tuple(int(part) for part in found.groups(default="0")) if found else CHOOSES
-    return numbers if any(numbers) else CHOOSES  # builds from source call themselves 0.0.0
 
 
 def _names(nodes: tuple[Node, ...]) -> set[str]:
