@@ -25,6 +25,7 @@ Messages = list[dict[str, str]]
 MARKERS = {"S": "qxSystemxq", "1": "qxUserOnexq", "2": "qxReplyOnexq", "3": "qxUserTwoxq", "4": "qxReplyTwoxq",
            "5": "qxUserThreexq"}  # fmt: skip
 ROLES = {"S": "system", "1": "user", "2": "assistant", "3": "user", "4": "assistant", "5": "user"}
+CONTENT, END = "{{ .Content }}", "{{ end }}"
 HINT = (
     "llama-server --jinja follows the one in the GGUF file: `finetune artifacts` has the command. For Ollama, give the "
     "model a template that it can follow (model.template: chatml, say) and train again"
@@ -285,40 +286,51 @@ def _split(text: str, keys: str) -> list[str]:
 
 
 def _go(words: Words, bos: str) -> str:
-    content = "{{ .Content }}"
-    before_user = _literal(words.user)
+    """Write the TEMPLATE that puts these words around messages."""
+    user = [*_before_user(words, bos), CONTENT, _literal(words.user_end), *_if("$last", [_literal(words.generation)])]
+    assistant = [_literal(words.assistant), CONTENT, *_if("not $last", [_literal(words.assistant_end)])]
+    turns = {"user": user, "assistant": assistant}
+    if words.before_system is not None and not words.late:
+        # where the user's turn begins with the system message, it writes what comes after that
+        after = words.after_system.removesuffix(words.user) if words.after_system.endswith(words.user) else ""
+        turns = {"system": [_literal(words.before_system.removeprefix(bos)), CONTENT, _literal(after)], **turns}
+    pieces = [_action("range $i, $_ := .Messages"), _action("$last := eq (len (slice $.Messages $i)) 1")]
+    for number, (role, turn) in enumerate(turns.items()):
+        pieces += [_action(f'{"else if" if number else "if"} eq .Role "{role}"'), *turn]
+    return "".join([*pieces, END, END])
+
+
+def _before_user(words: Words, bos: str) -> list[str]:
+    """Write what comes before a user message: in the first turn, after a system message, and elsewhere."""
     in_front = words.before_system is not None and not words.late
-    after_system = words.after_system.removesuffix(words.user)
+    pieces = [_literal(words.user)]
     if in_front and not words.after_system.endswith(words.user):
-        # The user's turn has begun with the system message (Gemma 3).
-        after_system = ""
-        within = '{{ if and (eq $i 1) (eq (index $.Messages 0).Role "system") }}'
-        before_user = f"{within}{_literal(words.after_system)}{{{{ else }}}}{before_user}{{{{ end }}}}"
+        # the user's turn has begun with the system message (Gemma 3)
+        begun = 'and (eq $i 1) (eq (index $.Messages 0).Role "system")'
+        pieces = _if(begun, [_literal(words.after_system)], pieces)
     first = words.first_user.removeprefix(bos)
     opens = "eq $i 0" if in_front else "le $i 1"  # a system message that is not written where it stands comes before
     if first.endswith(words.user) and first != words.user:
-        before_user = f"{{{{ if {opens} }}}}{_literal(first.removesuffix(words.user))}{{{{ end }}}}{before_user}"
+        pieces = [*_if(opens, [_literal(first.removesuffix(words.user))]), *pieces]
     elif first != words.user:
-        before_user = f"{{{{ if {opens} }}}}{_literal(first)}{{{{ else }}}}{before_user}{{{{ end }}}}"
-    branches = []
+        pieces = _if(opens, [_literal(first)], pieces)
     if words.late:
-        system = f"{_literal(words.before_system or '')}{{{{ $.System }}}}{_literal(words.after_system)}"
-        before_user += f"{{{{ if and $last $.System }}}}{system}{{{{ end }}}}"
-    elif words.before_system is not None:
-        before_system = _literal(words.before_system.removeprefix(bos))
-        branches.append(f'if eq .Role "system" }}}}{before_system}{content}{_literal(after_system)}')
-    branches += [
-        f'if eq .Role "user" }}}}{before_user}{content}{_literal(words.user_end)}'
-        f"{{{{ if $last }}}}{_literal(words.generation)}{{{{ end }}}}",
-        f'if eq .Role "assistant" }}}}{_literal(words.assistant)}{content}'
-        f"{{{{ if not $last }}}}{_literal(words.assistant_end)}{{{{ end }}}}",
-    ]
-    loop = "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-    return loop + "{{ " + "{{ else ".join(branches) + "{{ end }}{{ end }}"
+        system = [_literal(words.before_system or ""), _action("$.System"), _literal(words.after_system)]
+        pieces = [*pieces, *_if("and $last $.System", system)]
+    return pieces
+
+
+def _if(condition: str, pieces: list[str], otherwise: list[str] | None = None) -> list[str]:
+    alternative = [] if otherwise is None else [_action("else"), *otherwise]
+    return [_action(f"if {condition}"), *pieces, *alternative, END]
+
+
+def _action(text: str) -> str:
+    return "{{ " + text + " }}"
 
 
 def _literal(text: str) -> str:
     """Text as it stands, or as a quoted string where Go would take its braces for an action."""
     if "{{" in text or text.endswith("{"):
-        return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+        return _action(json.dumps(text, ensure_ascii=False))
     return text
