@@ -34,7 +34,8 @@ from finetune_assets.export.parity.prove import Reference, examine, refer
 from finetune_assets.lineage.plan import open_store
 from finetune_assets.machine.cores import cores
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact

@@ -14,13 +14,13 @@ import dagster as dg
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.make import make_gguf
-from finetune_assets.export.gguf.quantise import WEIGHED
 from finetune_assets.export.parity.limits import Figures, near_the_base
 from finetune_assets.export.parity.picture import draw
 from finetune_assets.export.parity.prove import CHECKS
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.lineage.nodes.gguf_file import kept_figures, kept_files
 from finetune_assets.models import base_model
+from finetune_assets.recipe.gguf_types import IMATRIX_TYPES
 from finetune_assets.reporting.events import message
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
@@ -90,7 +90,7 @@ def build(step: Step) -> Made:
         step.progress(message(text))
     content = {name for files in parts.values() for name in files}
     if (matrix := step.staging / imatrix_file.FILE).is_file():
-        weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in WEIGHED)
+        weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in IMATRIX_TYPES)
         metrics["imatrix"] = {"rows": gguf.imatrix, **imatrix_file.facts(matrix, weighed)}
         content.add(matrix.name)
     return Made(metrics, parts=parts, content=sorted(content))

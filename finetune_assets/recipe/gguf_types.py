@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -53,3 +54,16 @@ TYPES: dict[str, GgufType] = {
         GgufType("q2_k", 10, "Q2_K", 3.16, uses_imatrix=True),
     )
 }
+FILE_TYPES = {name: row.file_type for name, row in TYPES.items()}
+UNQUANTISED = tuple(name for name, row in TYPES.items() if not row.is_quantised)
+IMATRIX_TYPES = tuple(name for name, row in TYPES.items() if row.uses_imatrix)
+
+
+def lossless_type(dtypes: Collection[str]) -> str:
+    """Return the unquantised type that loses nothing of weights stored in these safetensors dtypes.
+
+    Args:
+        dtypes: "F32", "BF16", ..., each once; weights of several dtypes are converted to float32.
+    """
+    by_dtype = {TYPES[name].tensor_type: name for name in UNQUANTISED}
+    return by_dtype.get(next(iter(dtypes)), "f32") if len(dtypes) == 1 else "f32"

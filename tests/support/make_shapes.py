@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.llama_tools import llama_tool
-from finetune_assets.export.gguf.quantise import WEIGHED, Imatrix, make_types
-from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.export.gguf.quantise import Imatrix, make_types
+from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES
 from finetune_assets.recipe.project import Project
 from finetune_assets.store.digests import digest_of_file
 from tests.support.shapes import BYTES, SHAPES, described_file, digest, digests, importance, in_form, joined
@@ -79,7 +80,8 @@ def differences(source: Path, ours: Path, theirs: Path, kind: str, weighed: bool
         elif our_digests[tensor.name] != their_digests[tensor.name]:
             found.append(f"{tensor.name} ({tensor.type}) has other bytes")
     found += [f"{name} is missing" for name in theirs_by_name]
-    linked, unweighed = ours.samefile(source), weighed and kind not in WEIGHED  # there we add nothing to the metadata
+    # nothing is added to the metadata of a type that the matrix does not change
+    linked, unweighed = ours.samefile(source), weighed and kind not in IMATRIX_TYPES
     if not linked and not unweighed and read_head(ours).raw != read_head(theirs).raw:
         found.append("other metadata")
     return len(our_digests), found

@@ -18,7 +18,8 @@ import numpy as np
 
 from finetune_assets.export.gguf.form import write_in_form
 from finetune_assets.export.gguf.quantise import Imatrix
-from finetune_assets.models.formats.gguf import FILE_TYPES, Head, read_head
+from finetune_assets.models.formats.gguf import Head, read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 
 Tensors = dict[str, tuple[int, ...]]  # name -> ggml's shape: columns first
 

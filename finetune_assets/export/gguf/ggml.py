@@ -40,7 +40,8 @@ def quantise(values: np.ndarray, kind: str, out: np.ndarray, importance: np.ndar
     """
     rows, columns = values.shape
     weights = None if importance is None else importance.ctypes.data
-    library().ggml_quantize_chunk(TENSOR_TYPES[kind][0], values.ctypes.data, out.ctypes.data, 0, rows, columns, weights)
+    number = TENSOR_TYPES[kind].number
+    library().ggml_quantize_chunk(number, values.ctypes.data, out.ctypes.data, 0, rows, columns, weights)
 
 
 @functools.cache

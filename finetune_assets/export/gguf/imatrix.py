@@ -21,6 +21,7 @@ from finetune_assets.export.gguf.imatrix_file import Inputs, write_imatrix
 from finetune_assets.export.parity.held_out import suited
 from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import Head, Tensor, read_head
+from finetune_assets.models.formats.safetensors import FLOAT_NAMES
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.reporting.events import Progress, StepProgress, message, silent
 
@@ -194,7 +195,6 @@ def _same_columns(weight: torch.Tensor, tensors: Sequence[Tensor], gguf: Path, h
     import numpy as np
     import torch
 
-    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data = np.memmap(gguf, dtype=np.uint8, mode="c")
     ours = _column_sums(weight.reshape(-1, *weight.shape[-2:]))
     theirs = torch.zeros_like(ours)
@@ -202,7 +202,7 @@ def _same_columns(weight: torch.Tensor, tensors: Sequence[Tensor], gguf: Path, h
         if tensor.shape[0] != ours.shape[1] or tensor.elements % ours.numel():
             return False
         begin = head.data_start + tensor.offset
-        values = torch.from_numpy(data[begin : begin + tensor.nbytes]).view(types[tensor.type])
+        values = torch.from_numpy(data[begin : begin + tensor.nbytes]).view(getattr(torch, FLOAT_NAMES[tensor.type]))
         theirs += _column_sums(values.reshape(len(ours), -1, ours.shape[1]))
     return torch.allclose(ours, theirs, rtol=SAME, atol=0.0)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FILE = "imatrix.gguf"
 SUMS, COUNTS = ".in_sum2", ".counts"
-WHOLE = ("F32", "F16", "BF16")  # tensors of a quantised file that were not quantised
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def write_imatrix(file: Path, seen: Mapping[str, Inputs], *, dataset: str, chunk
         "imatrix.chunk_count": (UINT32, struct.pack("<I", chunks)),
         "imatrix.chunk_size": (UINT32, struct.pack("<I", chunk_size)),
     }
-    table = [Tensor(name, _shape(array), TENSOR_TYPES["F32"][0], 0) for name, array in arrays.items()]
+    table = [Tensor(name, _shape(array), TENSOR_TYPES["F32"].number, 0) for name, array in arrays.items()]
     head = Head(3, raw, tuple(table), 0).with_tensors(["F32"] * len(table))
     with file.open("wb") as out:
         out.write(head.encode())
@@ -116,7 +115,7 @@ def facts(file: Path, made: Path) -> dict[str, Any]:
         "entries": len(seen),
         "unused_experts": int(sum((inputs.counts == 0).sum() for inputs in seen.values())),
         "without": [
-            tensor.name for tensor in read_head(made).tensors if tensor.type not in WHOLE and tensor.name not in seen
+            tensor.name for tensor in read_head(made).tensors if tensor.is_quantised and tensor.name not in seen
         ],
     }
 

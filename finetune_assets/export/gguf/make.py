@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.converter import convert, natural_type
-from finetune_assets.export.gguf.quantise import WEIGHED, link_or_copy, make_types
+from finetune_assets.export.gguf.quantise import link_or_copy, make_types
+from finetune_assets.recipe.gguf_types import IMATRIX_TYPES
 from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.digests import digest_of_file
 
@@ -56,7 +57,7 @@ def make_gguf(
             link_or_copy(path, file)
             digests[kind] = kept[kind][1]
     matrix = out / imatrix_file.FILE
-    if any(kind in WEIGHED for kind in types) and (path := whole(matrix.name)) is not None:
+    if any(kind in IMATRIX_TYPES for kind in types) and (path := whole(matrix.name)) is not None:
         link_or_copy(path, matrix)
     missing = [kind for kind in types if kind not in digests]
     if missing:
@@ -66,7 +67,7 @@ def make_gguf(
             source = out / f"{name}-{full}.gguf"
             progress(message(f"converting to GGUF ({full})"))
             convert(merged, source, full, cache, name=name, about=about, trust_remote_code=trust_remote_code)
-        if measure is not None and not matrix.exists() and any(kind in WEIGHED for kind in missing):
+        if measure is not None and not matrix.exists() and any(kind in IMATRIX_TYPES for kind in missing):
             measure(source, matrix)
         importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None
         for number, kind in enumerate(missing, 1):

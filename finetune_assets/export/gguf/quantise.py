@@ -20,25 +20,16 @@ from finetune_assets.export.gguf import ggml
 from finetune_assets.export.gguf.form import FILE_TYPE, in_form, in_order
 from finetune_assets.export.gguf.type_policy import EMBEDDINGS, tensor_types
 from finetune_assets.machine.cores import cores
-from finetune_assets.models.formats.gguf import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.models.formats.gguf import STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES, UNQUANTISED
 from finetune_assets.reporting.errors import BadInput, StepFailed
 
 if TYPE_CHECKING:
     import numpy as np
 
-SOURCES = {"f32", "f16", "bf16"}
 CHUNK = 1 << 18  # weights quantised at a time: 1 MiB in float32
 MOST_WORKERS = 32
 MOST_TEXT = 127  # bytes of a text that llama.cpp takes over from an importance matrix
-
-# Where the float16 scales (and minima) lie in a block of each type; llama.cpp checks the same ones.
-SCALES = {
-    "F16": (0,), "Q8_0": (0,), "Q5_1": (0, 2), "Q5_0": (0,), "Q4_1": (0, 2), "Q4_0": (0,),
-    "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82),
-}  # fmt: skip
-
-# The types that an importance matrix changes; in the others every weight is rounded by itself.
-WEIGHED = tuple(kind for kind in FILE_TYPES if kind not in (*SOURCES, "q8_0"))
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ def make_types(
     """Make `out_dir`/`name`-TYPE.gguf for each type from a GGUF file of type f32, f16 or bf16.
 
     The same source gives the same bytes. A type that the source already has is a hard link to it (or a copy). The
-    importance matrix has a say in the types of WEIGHED only.
+    importance matrix has a say in the types of IMATRIX_TYPES only.
 
     Raises:
         BadInput: an unknown type.
@@ -73,7 +64,7 @@ def make_types(
         raise BadInput(f"unknown GGUF type {unknown[0]!r}", f"known: {', '.join(FILE_TYPES)}")
     head = read_head(source)
     has = {number: kind for kind, number in FILE_TYPES.items()}.get(head.get("general.file_type"))
-    if has not in SOURCES:
+    if has not in UNQUANTISED:
         raise StepFailed(f"{source} is not of full precision: types are made from f32, f16 or bf16 only")
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in types}
@@ -81,7 +72,7 @@ def make_types(
         if kind == has:
             link_or_copy(source, file)
         else:
-            _make(source, head, kind, file, imatrix if imatrix and imatrix.values and kind in WEIGHED else None)
+            _make(source, head, kind, file, imatrix if imatrix and imatrix.values and kind in IMATRIX_TYPES else None)
     return files
 
 
@@ -228,7 +219,7 @@ class _Scratch:
             return data.data
         if before.type == "F32":
             values = data.view(np.float32)
-        elif before.type in ("F16", "BF16"):
+        elif not before.is_quantised:
             values = self._bytes("float32", block.rows * before.shape[0] * 4).view(np.float32)
             ggml.to_float32(data, before.type, values)
         else:
@@ -237,8 +228,9 @@ class _Scratch:
             raise StepFailed(f"tensor {before.name} holds NaN or infinite values", "train the adapter again")
         made = self._bytes("write", block.rows * after.row_size)
         ggml.quantise(values.reshape(block.rows, -1), after.type, made, block.importance)
-        for at in SCALES.get(after.type, ()):
-            parts = made.reshape(-1, TENSOR_TYPES[after.type][2])[:, at : at + 2]
+        stored = TENSOR_TYPES[after.type]
+        for at in stored.scales:
+            parts = made.reshape(-1, stored.size)[:, at : at + 2]
             if not np.isfinite(parts.copy().view(np.float16)).all():
                 raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "ask for bf16 (gguf.types)")
         return made.data

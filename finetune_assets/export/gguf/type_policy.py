@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_assets.export.gguf.form import layer_of, place_of
 from finetune_assets.models.formats.gguf import TENSOR_TYPES, Head, Tensor
+from finetune_assets.recipe.gguf_types import TYPES
 from finetune_assets.reporting.errors import StepFailed
 
 # Parts of the names of matrices that are left alone.
@@ -39,17 +40,16 @@ LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo"
 
 
 def tensor_types(head: Head, kind: str, with_imatrix: bool = False) -> list[str]:
-    """The type of each tensor of `head`, in its order, in a file of type `kind` (a key of FILE_TYPES).
+    """The type of each tensor of `head`, in its order, in a file of type `kind` (a key of `gguf_types.TYPES`).
 
     With an importance matrix the first ffn_down matrices of q4_0 and q5_0 are given a minimum.
 
     Raises:
         StepFailed: a model with experts has an ffn_down tensor outside its layers.
     """
-    default = kind.upper()[:4].rstrip("_")  # the mixture's letter (_K_M) is no part of a tensor's type
-    choose = (
-        _Mixture(head, kind, default, with_imatrix).choose if TENSOR_TYPES[default][1] > 1 else lambda tensor: default
-    )
+    row = TYPES[kind]
+    default = row.tensor_type
+    choose = _Mixture(head, kind, default, with_imatrix).choose if row.is_quantised else lambda tensor: default
     chosen: dict[str, str] = {}
     for tensor in sorted(head.tensors, key=place_of):  # llama.cpp's counters go by this order
         chosen[tensor.name] = _fitting(tensor, choose(tensor)) if _is_quantised(tensor) else tensor.type
@@ -64,7 +64,7 @@ def _is_quantised(tensor: Tensor) -> bool:
 def _fitting(tensor: Tensor, wanted: str) -> str:
     """The wanted type, or the next one whose blocks fill the tensor's rows."""
     types = (wanted, FALLBACK.get(wanted, "F16"), "F16")
-    return next(kind for kind in types if tensor.shape[0] % TENSOR_TYPES[kind][1] == 0)
+    return next(kind for kind in types if tensor.shape[0] % TENSOR_TYPES[kind].block == 0)
 
 
 def _in_layers(index: int, count: int) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from finetune_assets.export.merge.file_rows import Rows, create
-from finetune_assets.models.formats.safetensors import BYTES_OF, FLOATS, Checkpoint, Spec, head
+from finetune_assets.models.formats.safetensors import BYTES_OF, FLOAT_NAMES, Checkpoint, Spec, head
 from finetune_assets.reporting.errors import StepFailed
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 BLOCK = 1 << 18  # weights: 1 MiB in float32; fewer cost more calls, more do not stay in a core's cache
 PORTION = 1 << 23  # weights that a thread takes at a time
 FEWEST = 16  # rows of a block: products of a row or two may be summed in another order
-FLOAT_NAMES = {stored: name for name, stored in FLOATS.items()}  # torch's names of the types of safetensors
 
 
 @dataclass(frozen=True)

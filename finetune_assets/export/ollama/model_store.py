@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.export.ollama.modelfile import OllamaModel
-from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.store.digests import digest_of_file
 from finetune_assets.store.files import write_atomically

@@ -15,7 +15,6 @@ MAX_KL = {
     "q3_k_s": 1.0, "q2_k": 2.0,
 }  # fmt: skip
 NEAR_THE_BASE = 0.5  # of what training changed: with more rounding than that, a file may say what the base says
-UNQUANTISED = ("f32", "f16", "bf16")  # too little is rounded away for a model to say other things
 HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
 
 

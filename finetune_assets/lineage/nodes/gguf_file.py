@@ -12,7 +12,7 @@ from finetune_assets.lineage.identity import fingerprint
 from finetune_assets.lineage.node import Node, Upstream, exact_versions, metrics_named
 from finetune_assets.lineage.nodes.base_model import BaseFacts
 from finetune_assets.models.formats.safetensors import FLOATS
-from finetune_assets.recipe.gguf_types import TYPES
+from finetune_assets.recipe.gguf_types import TYPES, lossless_type
 from finetune_assets.store.artifact import Artifact
 
 
@@ -106,7 +106,7 @@ def _natural_type(known: Known) -> str:
     """Return the GGUF type that the merged model is converted to first."""
     dtype = known.recipe.export.export_dtype
     stored = set(known.of(BaseFacts).weights) if dtype == "auto" else {FLOATS[dtype]}
-    return {"BF16": "bf16", "F16": "f16"}.get("".join(stored), "f32")
+    return lossless_type(stored)
 
 
 NODE = Node(

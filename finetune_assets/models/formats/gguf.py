@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune_assets.reporting.errors import StepFailed
 
@@ -22,19 +22,39 @@ MAGIC = b"GGUF"
 UINT32, BOOL, STRING, ARRAY = 4, 7, 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
-# ggml type -> (number, elements in a block, bytes of a block)
+
+class TensorType(NamedTuple):
+    """How ggml stores the weights of a tensor: in blocks, one after the other.
+
+    Attributes:
+        number: ggml's (enum ggml_type).
+        block: weights in a block.
+        size: bytes of a block.
+        scales: where the float16 scales (and minima) begin in a block, in bytes; llama.cpp checks the same ones.
+    """
+
+    number: int
+    block: int
+    size: int
+    scales: tuple[int, ...] = ()
+
+
 TENSOR_TYPES = {
-    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "Q8_0": (8, 32, 34),
-    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
-    "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144), "Q5_K": (13, 256, 176),
-    "Q6_K": (14, 256, 210),
-}  # fmt: skip
-TYPE_NAMES = {number: name for name, (number, _, _) in TENSOR_TYPES.items()}
-# our name of a file's type -> llama.cpp's number (enum llama_ftype)
-FILE_TYPES = {
-    "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q5_1": 9, "q5_0": 8,
-    "q4_k_m": 15, "q4_k_s": 14, "q4_1": 3, "q4_0": 2, "q3_k_l": 13, "q3_k_m": 12, "q3_k_s": 11, "q2_k": 10,
-}  # fmt: skip
+    "F32": TensorType(0, 1, 4),
+    "F16": TensorType(1, 1, 2, scales=(0,)),
+    "BF16": TensorType(30, 1, 2),
+    "Q8_0": TensorType(8, 32, 34, scales=(0,)),
+    "Q4_0": TensorType(2, 32, 18, scales=(0,)),
+    "Q4_1": TensorType(3, 32, 20, scales=(0, 2)),
+    "Q5_0": TensorType(6, 32, 22, scales=(0,)),
+    "Q5_1": TensorType(7, 32, 24, scales=(0, 2)),
+    "Q2_K": TensorType(10, 256, 84, scales=(80, 82)),
+    "Q3_K": TensorType(11, 256, 110, scales=(108,)),
+    "Q4_K": TensorType(12, 256, 144, scales=(0, 2)),
+    "Q5_K": TensorType(13, 256, 176, scales=(0, 2)),
+    "Q6_K": TensorType(14, 256, 210, scales=(208,)),
+}
+TYPE_NAMES = {row.number: name for name, row in TENSOR_TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -77,8 +97,13 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        _, block, size = TENSOR_TYPES[self.type]
-        return self.elements // block * size
+        stored = TENSOR_TYPES[self.type]
+        return self.elements // stored.block * stored.size
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether weights share a scale with others of their block."""
+        return TENSOR_TYPES[self.type].block > 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +145,7 @@ class Head:
     def with_tensors(self, types: list[str]) -> Head:
         """The same head for a file in which the tensors have these types, laid out one after the other."""
         named = zip(self.tensors, types, strict=True)
-        return self.laid_out([replace(tensor, type_number=TENSOR_TYPES[name][0]) for tensor, name in named])
+        return self.laid_out([replace(tensor, type_number=TENSOR_TYPES[name].number) for tensor, name in named])
 
     def laid_out(self, tensors: Sequence[Tensor]) -> Head:
         """The same head for a file of these tensors, one after the other."""

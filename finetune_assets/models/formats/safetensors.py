@@ -37,7 +37,8 @@ BITS = {name: 8 * size for name, size in BYTES_OF.items()} | {
 }  # fmt: skip
 WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # what weights, and masks beside them, have where they are not quantised
 WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ's name; that of MXFP4's experts
-FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
+FLOAT_NAMES = {stored: name for name, stored in FLOATS.items()}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import pytest
 from finetune_assets.export.gguf import converter
 from finetune_assets.export.gguf.form import cut_texts, in_form, is_in_form, write_in_form
 from finetune_assets.export.gguf.quantise import make_types
-from finetune_assets.models.formats.gguf import ARRAY, FILE_TYPES, STRING, UINT32, Head, Tensor, read_head
+from finetune_assets.models.formats.gguf import ARRAY, STRING, UINT32, Head, Tensor, read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
 from tests.conftest import shared_cache
 from tests.support.export_fixtures import converter_cache, tiny_base, tiny_tokenizer

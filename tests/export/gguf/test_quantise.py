@@ -16,8 +16,9 @@ import pytest
 
 from finetune_assets.export.gguf import converter, ggml, quantise
 from finetune_assets.export.gguf.form import place
-from finetune_assets.export.gguf.quantise import WEIGHED, Imatrix, make_types
-from finetune_assets.models.formats.gguf import FILE_TYPES, Head, Tensor, read_head
+from finetune_assets.export.gguf.quantise import Imatrix, make_types
+from finetune_assets.models.formats.gguf import Head, Tensor, read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from tests.support.export_fixtures import converter_cache
 
@@ -206,7 +207,7 @@ def test_types_that_round_each_weight_by_itself_are_left_as_they_are(tmp_path: P
     source = write(tmp_path / "source.gguf")
     plain = make_types(source, TYPES, tmp_path / "plain", "x")
     for kind, file in make_types(source, TYPES, tmp_path / "weighed", "x", weighed()).items():
-        assert kind not in WEIGHED and file.read_bytes() == plain[kind].read_bytes()
+        assert kind not in IMATRIX_TYPES and file.read_bytes() == plain[kind].read_bytes()
     (file,) = make_types(source, ["q4_0"], tmp_path / "none", "x", Imatrix({})).values()
     assert "quantize.imatrix.file" not in read(file)[0]
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from finetune_assets.export.gguf import quantise
-from finetune_assets.export.gguf.quantise import WEIGHED, make_types
+from finetune_assets.export.gguf.quantise import make_types
 from finetune_assets.export.gguf.type_policy import tensor_types
-from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES
 from finetune_assets.store.digests import digest_of_file
 from tests.support.shapes import BYTES, SHAPES, described, digest, importance, in_form, joined, write
 
@@ -38,7 +39,7 @@ def test_types(name: str, tmp_path: Path) -> None:
     asked = 0
     for kind in FILE_TYPES:
         for weighed, wanted in answers("types", name, kind).items():
-            found = described(head, tensor_types(head, kind, weighed and kind in WEIGHED))
+            found = described(head, tensor_types(head, kind, weighed and kind in IMATRIX_TYPES))
             assert found == wanted, (kind, weighed)
             asked += 1
     assert asked == 2 * len(FILE_TYPES) or name in GIVEN_UP

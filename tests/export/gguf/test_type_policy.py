@@ -21,8 +21,9 @@ import pytest
 from finetune_assets.export.gguf import converter
 from finetune_assets.export.gguf.quantise import make_types
 from finetune_assets.export.gguf.type_policy import tensor_types
-from finetune_assets.models.formats.gguf import FILE_TYPES, STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
+from finetune_assets.models.formats.gguf import STRING, TENSOR_TYPES, UINT32, Head, Tensor, read_head
 from finetune_assets.recipe import GGUF_TYPES
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.export_fixtures import converter_cache, tiny_base, tiny_tokenizer
 
@@ -84,7 +85,7 @@ def test_every_type_of_a_recipe_is_made() -> None:
     assert set(FILE_TYPES) == set(GGUF_TYPES) == set(REFERENCE["real"])
     for kind, number in FILE_TYPES.items():
         assert gguf.LlamaFileType(number).name in (f"MOSTLY_{kind.upper()}", f"ALL_{kind.upper()}")
-    for name, (number, block, size) in TENSOR_TYPES.items():
+    for name, (number, block, size, _) in TENSOR_TYPES.items():
         assert gguf.GGMLQuantizationType(number).name == name
         assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(number)] == (block, size)
 

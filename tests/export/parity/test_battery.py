@@ -33,7 +33,8 @@ from finetune_assets.export.parity.held_out import POINTS
 from finetune_assets.export.parity.limits import Figures, judge
 from finetune_assets.export.parity.prove import CHECKS, Reference, check_content, examine, refer
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.formats.gguf import FILE_TYPES, read_head
+from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.digests import digest_of_file
