@@ -13,7 +13,7 @@ import dagster as dg
 
 from finetune_assets.assets.step_asset import StepAsset, table
 from finetune_assets.export.gguf import imatrix_file
-from finetune_assets.export.gguf.make import make_gguf
+from finetune_assets.export.gguf.make import GgufInputs, make_gguf
 from finetune_assets.export.parity.limits import Figures, near_the_base
 from finetune_assets.export.parity.picture import draw
 from finetune_assets.export.parity.prove import CHECKS
@@ -48,7 +48,7 @@ def build(step: Step) -> Made:
 
     # whoever serves a file needs its stop tokens
     shutil.copyfile(merged / "chat.json", step.staging / "chat.json")
-    facts = make_gguf(
+    inputs = GgufInputs(
         merged,
         gguf.types,
         step.staging,
@@ -61,8 +61,8 @@ def build(step: Step) -> Made:
         trust_remote_code=step.recipe.model.trust_remote_code,
         kept=_kept(step.previous, step.ingredients),
         measure=measure if gguf.imatrix else None,
-        progress=step.progress,
     )
+    facts = make_gguf(inputs, step.progress)
     report = step.launch(
         {
             "task": "prove",

@@ -3,80 +3,117 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.export.gguf import imatrix_file
 from finetune_assets.export.gguf.converter import convert, natural_type
-from finetune_assets.export.gguf.quantise import link_or_copy, make_types
+from finetune_assets.export.gguf.quantise import Imatrix, link_or_copy, make_types
 from finetune_assets.recipe.gguf_types import IMATRIX_TYPES
 from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.digests import digest_of_file
 
 
-def make_gguf(
-    merged: Path,
-    types: list[str],
-    out: Path,
-    *,
-    name: str,
-    about: Mapping[str, Any],
-    cache: Path,
-    trust_remote_code: bool = False,
-    kept: Mapping[str, tuple[Path, str]],
-    measure: Callable[[Path, Path], None] | None,
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    """Write `out`/`name`-TYPE.gguf for every type; type -> {"file": its name, "bytes": its size, "sha256": hex}.
+@dataclass(frozen=True)
+class GgufInputs:
+    """What the GGUF files of a merged model are made from, and where to.
 
-    With an importance matrix, the types that go by it come with it: `out`/imatrix.gguf.
-
-    Args:
+    Attributes:
         merged: Hugging Face folder with the chat template to embed.
+        types: names of `gguf_types.TYPES`.
+        out: folder of the files.
         name, about: the model's name, and what else the files' metadata say; see `convert`.
         cache: where the converter is kept.
         trust_remote_code: let the converter run the code that comes with the model.
         kept: files made earlier of the same model by the same tools: type (imatrix.gguf by its name) -> path, and
             the sha256 (hex) it had then. What is something else by now is made again.
         measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
+    """
+
+    merged: Path
+    types: Sequence[str]
+    out: Path
+    name: str
+    about: Mapping[str, Any]
+    cache: Path
+    trust_remote_code: bool = False
+    kept: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
+    measure: Callable[[Path, Path], None] | None = None
+
+    @property
+    def matrix(self) -> Path:
+        """The importance matrix that comes with the types which go by one."""
+        return self.out / imatrix_file.FILE
+
+    def file(self, kind: str) -> Path:
+        """The file of a type."""
+        return self.out / f"{self.name}-{kind}.gguf"
+
+    def unchanged(self, kind: str) -> Path | None:
+        """The kept file of a type, if it still is what it was."""
+        path, sha256 = self.kept.get(kind, (None, ""))
+        return path if path is not None and digest_of_file(path) == sha256 else None
+
+
+def make_gguf(inputs: GgufInputs, progress: Progress) -> dict[str, dict[str, Any]]:
+    """Write the files; type -> {"file": its name, "bytes": its size, "sha256": hex}.
 
     Raises:
         StepFailed: the converter does not know the model, or failed.
     """
-    made = {kind: out / f"{name}-{kind}.gguf" for kind in types}
-
-    @functools.cache
-    def whole(kind: str) -> Path | None:
-        path, sha256 = kept.get(kind, (None, ""))
-        return path if path is not None and digest_of_file(path) == sha256 else None
-
+    unchanged = functools.cache(inputs.unchanged)
     digests: dict[str, str] = {}  # of what was written, before anything can happen to it
-    for kind, file in made.items():
-        if (path := whole(kind)) is not None:
-            link_or_copy(path, file)
-            digests[kind] = kept[kind][1]
-    matrix = out / imatrix_file.FILE
-    if any(kind in IMATRIX_TYPES for kind in types) and (path := whole(matrix.name)) is not None:
-        link_or_copy(path, matrix)
-    missing = [kind for kind in types if kind not in digests]
-    if missing:
-        full = natural_type(merged)
-        source = whole(full)
-        if source is None:
-            source = out / f"{name}-{full}.gguf"
-            progress(message(f"converting to GGUF ({full})"))
-            convert(merged, source, full, cache, name=name, about=about, trust_remote_code=trust_remote_code)
-        if measure is not None and not matrix.exists() and any(kind in IMATRIX_TYPES for kind in missing):
-            measure(source, matrix)
-        importance = imatrix_file.read_imatrix(matrix) if matrix.exists() else None
-        for number, kind in enumerate(missing, 1):
-            progress(message(f"making {kind} ({number} of {len(missing)})"))
-            if made[kind] != source:
-                make_types(source, [kind], out, name, importance)
-            digests[kind] = digest_of_file(made[kind])
-        if full not in types and whole(full) is None:
-            source.unlink()
+    for kind in inputs.types:
+        if (path := unchanged(kind)) is not None:
+            link_or_copy(path, inputs.file(kind))
+            digests[kind] = inputs.kept[kind][1]
+    if _use_imatrix(inputs.types) and (path := unchanged(imatrix_file.FILE)) is not None:
+        link_or_copy(path, inputs.matrix)
+    if missing := [kind for kind in inputs.types if kind not in digests]:
+        digests |= _make(inputs, missing, unchanged, progress)
+    files = {kind: inputs.file(kind) for kind in inputs.types}
     return {
-        kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in made.items()
+        kind: {"file": file.name, "bytes": file.stat().st_size, "sha256": digests[kind]} for kind, file in files.items()
     }
+
+
+def _make(
+    inputs: GgufInputs,
+    types: Sequence[str],
+    unchanged: Callable[[str], Path | None],
+    progress: Progress,
+) -> dict[str, str]:
+    """Make files from one of full precision, which is converted if none is kept; type -> sha256 (hex)."""
+    full = natural_type(inputs.merged)
+    source = unchanged(full)
+    is_temporary = source is None and full not in inputs.types
+    if source is None:
+        source = inputs.file(full)
+        progress(message(f"converting to GGUF ({full))"})
+        convert(
+            inputs.merged, source, full, inputs.cache,
+            name=inputs.name, about=inputs.about, trust_remote_code=inputs.trust_remote_code,
+        )  # fmt: skip
+    importance = _importance(inputs, types, source)
+    digests: dict[str, str] = {}
+    for number, kind in enumerate(types, 1):
+        progress(message(f"making {kind} ({number} of {len(types)))"})
+        if inputs.file(kind) != source:
+            make_types(source, [kind], inputs.out, inputs.name, importance)
+        digests[kind] = digest_of_file(inputs.file(kind))
+    if is_temporary:
+        source.unlink()
+    return digests
+
+
+def _importance(inputs: GgufInputs, types: Sequence[str], source: Path) -> Imatrix | None:
+    """The importance matrix, measured if it is wanted and was not kept."""
+    if inputs.measure is not None and not inputs.matrix.exists() and _use_imatrix(types):
+        inputs.measure(source, inputs.matrix)
+    return imatrix_file.read_imatrix(inputs.matrix) if inputs.matrix.exists() else None
+
+
+def _use_imatrix(types: Sequence[str]) -> bool:
+    return any(kind in IMATRIX_TYPES for kind in types)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_assets.export.gguf.make import make_gguf
+from finetune_assets.export.gguf.make import GgufInputs, make_gguf
 from finetune_assets.export.parity.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
 from finetune_assets.export.parity.limits import MAX_KL, Figures, judge
 from finetune_assets.export.parity.picture import draw
@@ -207,10 +207,11 @@ def test_a_file_that_went_bad_unnoticed_is_made_again(merged: Path, files: dict[
     kept = {kind: (files[kind], digest_of_file(files[kind])) for kind in ("f32", "f16", "q8_0")}
     flip(bad := Path(shutil.copyfile(files["f16"], tmp_path / "bad.gguf")))
     (out := tmp_path / "out").mkdir()
-    made = make_gguf(
+    inputs = GgufInputs(
         merged, ["f16", "q8_0"], out, name="tiny", about={}, cache=tmp_path / "none",
-        kept=kept | {"f16": (bad, kept["f16"][1])}, measure=None, progress=lambda event: None,
+        kept=kept | {"f16": (bad, kept["f16"][1])},
     )  # fmt: skip
+    made = make_gguf(inputs, lambda event: None)
     assert {kind: facts["sha256"] for kind, facts in made.items()} == {kind: kept[kind][1] for kind in made}
     assert {path.name: path.samefile(files["q8_0"]) for path in out.iterdir()} == {
         "tiny-f16.gguf": False,
