@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_assets.inputs.json_text import read_model_json
-from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.models.formats.gguf import context_of_gguf
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.errors import FinetuneError
 from finetune_assets.store.artifact import Artifact
@@ -64,12 +64,6 @@ def ollama(facts: Mapping[str, Any], models: Path) -> list[str]:
         return [*why, serve, THEN, *(f"ollama run {name}" for name in names)]
     host = "" if facts["place"] == OLLAMA else f"OLLAMA_HOST={shlex.quote(facts['place'])} "
     return [f"{host}ollama run {name}" for name in names]
-
-
-def context_of_gguf(file: Path) -> int | None:
-    """The longest context that a GGUF file's model was made for, in tokens."""
-    head = read_head(file)
-    return head.get(f"{head.get('general.architecture')}.context_length")
 
 
 def _llama_server(artifact: Artifact, recipe: Recipe) -> list[str]:

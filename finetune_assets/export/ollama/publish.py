@@ -13,7 +13,7 @@ from typing import Any
 from finetune_assets.export.ollama import model_store as ollama_store
 from finetune_assets.export.ollama.modelfile import OllamaModel, modelfile, parameters
 from finetune_assets.export.ollama.server import api as ollama_server
-from finetune_assets.export.serving_commands import context_of_gguf
+from finetune_assets.models.formats.gguf import context_of_gguf
 from finetune_assets.recipe import Recipe
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
 from finetune_assets.reporting.events import Progress, message

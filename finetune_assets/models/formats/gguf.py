@@ -195,6 +195,12 @@ def read_head(path: Path) -> Head:
     return head
 
 
+def context_of_gguf(file: Path) -> int | None:
+    """The longest context that a GGUF file's model was made for, in tokens."""
+    head = read_head(file)
+    return head.get(f"{head.get('general.architecture')}.context_length")
+
+
 def write_with_head(source: Path, head: Head, target: Path) -> None:
     """Write the weights of `source` behind another head, which names the same tensors at the same offsets."""
     with source.open("rb") as weights, target.open("wb") as out:
