@@ -76,14 +76,6 @@ class Exemption:
 EXEMPTIONS = (
     Exemption(
         date(2026, 11, 24),
-        "render_jinja is in chat/rendering, and special_tokens in export/gguf/chat_metadata",
-        (
-            "finetune_assets/export/gguf/chat_metadata.py: imports export.ollama.template.derive, "
-            "which is not below gguf",
-        ),
-    ),
-    Exemption(
-        date(2026, 11, 24),
         "suited is in models/loading",
         ("finetune_assets/export/gguf/imatrix.py: imports export.parity.held_out, which is not below gguf",),
     ),

@@ -7,7 +7,6 @@ begin-of-text token before a prompt whose template has none, or does not stop at
 from __future__ import annotations
 
 from finetune_assets.chat.rendering import render_jinja
-from finetune_assets.export.ollama.template.derive import special_tokens
 from finetune_assets.models.formats.gguf import BOOL, UINT32, Head
 
 ADD_BOS = "tokenizer.ggml.add_bos_token"
@@ -26,6 +25,19 @@ def corrected(head: Head, stop_token_ids: list[int]) -> Head:
     if other and head.get(END_OF_TURN) not in stop_token_ids:
         head = head.with_value(END_OF_TURN, UINT32, other[0])
     return head
+
+
+def special_tokens(head: Head) -> dict[str, str]:
+    """The texts that a chat template may ask for: bos_token, eos_token, unk_token, pad_token."""
+    tokens = head.get("tokenizer.ggml.tokens", [])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: head.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    return {name: tokens[number] for name, number in ids.items() if number is not None and number < len(tokens)}
+
+
+def adds_bos(head: Head) -> bool:
+    """Whether a server puts the begin-of-text token before every prompt itself."""
+    return head.get("tokenizer.ggml.bos_token_id") is not None and head.get(ADD_BOS, True)
 
 
 def _begins_with_bos(template: str, specials: dict[str, str]) -> bool:

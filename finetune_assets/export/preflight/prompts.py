@@ -14,8 +14,7 @@ from finetune_assets.chat.pinning import pinned
 from finetune_assets.chat.template import resolve_template, stop_tokens
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.export.gguf.bare_file import CONTEXT, write_bare
-from finetune_assets.export.gguf.chat_metadata import corrected
-from finetune_assets.export.ollama.template.derive import adds_bos, special_tokens
+from finetune_assets.export.gguf.chat_metadata import adds_bos, corrected, special_tokens
 from finetune_assets.export.ollama.template.proof import prove
 from finetune_assets.export.parity.checks.prompts import check_prompt
 from finetune_assets.export.parity.held_out import choose

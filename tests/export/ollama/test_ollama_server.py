@@ -17,6 +17,7 @@ import pytest
 from ollama import Client
 
 from finetune_assets.chat.rendering import render_jinja
+from finetune_assets.export.gguf.chat_metadata import special_tokens
 from finetune_assets.export.ollama import expected_answer as asking
 from finetune_assets.export.ollama import model_store as ollama_store
 from finetune_assets.export.ollama.expected_answer import Expected, expected
@@ -25,7 +26,7 @@ from finetune_assets.export.ollama.served_checks import Check, answered, in_stor
 from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.ollama.server.api import answers, digest, parse_host, show
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
-from finetune_assets.export.ollama.template.derive import battery, derive, special_tokens
+from finetune_assets.export.ollama.template.derive import battery, derive
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from finetune_assets.chat.pinning import pins
 from finetune_assets.chat.rendering import render_jinja
+from finetune_assets.export.gguf.chat_metadata import adds_bos, special_tokens
 from finetune_assets.export.ollama.template import go_eval
-from finetune_assets.models.formats.gguf import Head, read_head
+from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.first_difference import first_difference
 
@@ -82,19 +83,6 @@ def from_gguf(gguf: Path, system: str | None = None) -> GoTemplate:
     if not template:
         raise StepFailed(f"{gguf} holds no chat template", "make the merged model and the GGUF file again")
     return derive(template, special_tokens(head), add_bos=adds_bos(head), system=system)
-
-
-def special_tokens(head: Head) -> dict[str, str]:
-    """The texts that a chat template may ask for: bos_token, eos_token, unk_token, pad_token."""
-    tokens = head.get("tokenizer.ggml.tokens", [])
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: head.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    return {name: tokens[number] for name, number in ids.items() if number is not None and number < len(tokens)}
-
-
-def adds_bos(head: Head) -> bool:
-    """Whether a server puts the begin-of-text token before every prompt itself."""
-    return head.get("tokenizer.ggml.bos_token_id") is not None and head.get("tokenizer.ggml.add_bos_token", True)
 
 
 def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system: str | None = None) -> GoTemplate:

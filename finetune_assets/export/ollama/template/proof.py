@@ -16,15 +16,9 @@ from typing import Any
 
 from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.gguf.bare_file import CONTEXT, write_bare
+from finetune_assets.export.gguf.chat_metadata import adds_bos, special_tokens
 from finetune_assets.export.ollama.template.choice import Choice, jinja_capabilities, served_by
-from finetune_assets.export.ollama.template.derive import (
-    GoTemplate,
-    adds_bos,
-    battery,
-    derive,
-    differs,
-    special_tokens,
-)
+from finetune_assets.export.ollama.template.derive import GoTemplate, battery, derive, differs
 from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.reporting.errors import StepFailed
