@@ -9,12 +9,14 @@ import dagster as dg
 
 from finetune_assets.assets.step_asset import StepAsset, figure
 from finetune_assets.chat.template_limits import prove_folder
+from finetune_assets.data.rows import read_split
 from finetune_assets.export.preflight.exportable import check_exportable
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
 LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt
+TRIED_ROWS = 50  # rows of the train split by which the chat template is tried
 FIGURES = {
     "final loss": "final_loss",
     "validation loss": "validation_loss",
@@ -33,7 +35,8 @@ FIGURES = {
 
 def build(step: Step) -> Made:
     data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
-    prove_folder(base.path, step.project.cache, data / "train.jsonl")  # before the device is held
+    conversations = [row["messages"] for row in read_split(data / "train.jsonl", limit=TRIED_ROWS)]
+    prove_folder(base.path, step.project.cache, conversations)  # before the device is held
     vocabulary = check_exportable(
         base.path,
         base.data_version,

@@ -27,7 +27,6 @@ from finetune_assets.reporting.printable import human_size
 SECONDS = 10
 MEMORY = 2_000_000_000  # bytes of address space: python and jinja2 take 60 MB
 LARGEST = 1_000_000  # characters of a template; published ones have up to 20,000
-ROWS = 50  # conversations of the train split that are tried, too
 HINT = "take that template out of the model's folder, or take a model whose template can be used"
 CONVERSATIONS = [
     [{"role": role, "content": text} for role, text in zip(roles, ("Be brief.", "Horse", "Zebra", "Owl"), strict=False)]
@@ -35,19 +34,18 @@ CONVERSATIONS = [
 ]
 
 
-def prove_folder(folder: Path, cache: Path | None, rows: Path | None = None) -> None:
+def prove_folder(folder: Path, cache: Path | None, conversations: Sequence[Any] = ()) -> None:
     """Try every chat template of a model folder.
 
     Args:
         cache: where passed trials are remembered.
-        rows: conversations (.jsonl), of which the first ones are tried.
+        conversations: are tried besides the built-in ones.
 
     Raises:
         BadInput: a template exceeds the limits.
     """
-    conversations = [*CONVERSATIONS, *(_first(rows) if rows else [])]
     for where, text in templates_of(folder):
-        prove(text, conversations, called=f"the chat template of {where}", cache=cache)
+        prove(text, [*CONVERSATIONS, *conversations], called=f"the chat template of {where}", cache=cache)
 
 
 def prove(
@@ -129,11 +127,6 @@ def _texts(value: Any) -> Iterator[str]:
         yield from (
             item["template"] for item in value if isinstance(item, dict) and isinstance(item.get("template"), str)
         )
-
-
-def _first(rows: Path) -> list[Any]:
-    with rows.open(encoding="utf-8") as lines:
-        return [json.loads(line)["messages"] for line, _ in zip(lines, range(ROWS), strict=False)]
 
 
 def _try(job: str, seconds: int) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.data.files.json_file import read_rows
-from finetune_assets.data.formats.alpaca import to_messages, unmapped
+from finetune_assets.data.files.by_suffix import read_rows
+from finetune_assets.data.formats.by_name import FORMATS
 from finetune_assets.data.registry import REGISTRY, Entry, load_entries
+from finetune_assets.data.rows import SplitRow, write_split
 from finetune_assets.data.split import Row, Splits, rank, split
 from finetune_assets.recipe import DatasetSection, did_you_mean
 from finetune_assets.reporting.errors import BadInput
@@ -53,25 +53,27 @@ def prepare(raw: Path, section: DatasetSection, out: Path, *, keep_order: bool =
             f"no rows are left to train on ({len(rows)} in all)", "lower dataset.test_size and dataset.val_size"
         )
     for name in SPLITS:
-        _write_rows(out / f"{name}.jsonl", getattr(parts, name))
+        write_split(out / f"{name}.jsonl", map(_split_row, getattr(parts, name)))
     _write_registry(out / REGISTRY)
     return _facts(parts, duplicates)
 
 
 def _read(path: Path, dataset: str, entry: Entry) -> list[Row]:
-    numbered = read_rows(path)
+    numbered, rules = read_rows(path), FORMATS[entry.formatting]
+    if not numbered:
+        raise BadInput(f"{path}: has no rows", "a data set needs at least one row")
     # the copy's number is ours; the user knows the file by its own name
     shown = path.name.partition("-")[2]
     present = {column for _, row in numbered if isinstance(row, dict) for column in row}
     problems = [
         f"{shown}: columns.{role} of {dataset!r} names the column {column!r}, which no row has"
         f"{did_you_mean(column, sorted(present))}"
-        for role, column in (unmapped(entry.columns, present) if present else [])
+        for role, column in (rules.unmapped(entry.columns, present) if present else [])
     ]
     rows: list[Row] = []
     for line, row in [] if problems else numbered:
         try:
-            rows.append(Row(dataset, tuple(to_messages(row, entry.columns))))
+            rows.append(Row(dataset, tuple(rules.to_messages(row, entry.columns))))
         except ValueError as error:
             problems.append(f"{shown}:{line}: the row {error}")
     if problems:
@@ -82,11 +84,9 @@ def _read(path: Path, dataset: str, entry: Entry) -> list[Row]:
     return rows
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            record = {"id": row.id, "dataset": row.dataset, "messages": list(row.messages)}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def _split_row(row: Row) -> SplitRow:
+    messages = [{"role": message["role"], "content": message["content"]} for message in row.messages]
+    return {"id": row.id, "dataset": row.dataset, "messages": messages}
 
 
 def _write_registry(path: Path) -> None:

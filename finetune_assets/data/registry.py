@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from finetune_assets.data.files.by_suffix import READERS
 from finetune_assets.data.files.json_file import read_json
 from finetune_assets.inputs.regular_files import why_not_regular
 from finetune_assets.recipe import Section, did_you_mean
@@ -79,8 +80,8 @@ def data_file(folder: Path, entry: Entry) -> Path:
         raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} leaves the data folder")
     if (why := why_not_regular(path)) is not None:
         raise BadInput(f"{path}: {why}", f"{folder / REGISTRY} names it as file_name")
-    if path.suffix not in (".json", ".jsonl"):
-        raise BadInput(f"{path}: only .json and .jsonl files can be read", "convert the file to JSON Lines")
+    if path.suffix not in READERS:
+        raise BadInput(f"{path}: only {' and '.join(READERS)} files can be read", "convert the file to JSON Lines")
     return path
 
 

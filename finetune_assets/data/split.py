@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune_assets.data.formats.alpaca import Message
+from finetune_assets.data.formats.conversation import Message
 from finetune_assets.store.digests import digest_of
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.template import Encoded, encode_prompt, encode_row
+from finetune_assets.data.rows import SplitRow, read_split
 from finetune_assets.evaluation.generate import Answer, generate
 from finetune_assets.evaluation.metrics import METRICS, mean_scores, score
 from finetune_assets.evaluation.perplexity import Surprise, add_up, surprise
@@ -44,7 +45,7 @@ class _Work:
         answered: numbers of the rows that get an answer.
     """
 
-    rows: list[dict[str, Any]]
+    rows: list[SplitRow]
     encoded: list[Encoded]
     prompts: list[list[int]]
     answered: list[int]
@@ -101,14 +102,14 @@ def evaluate(
         StepFailed: no test rows, test rows among the training rows, or a model that cannot be loaded.
     """
     started = time.monotonic()
-    rows = _read(test)
+    rows = read_split(test)
     if not rows:
         raise StepFailed(
             f"{test}: there are no test rows, so there is nothing to score the model on",
             "raise dataset.test_size in the recipe (0.05 sets one row in twenty aside), or add more data",
         )
     if train is not None:
-        _assert_unseen(rows, _read(train), test, train)
+        _assert_unseen(rows, read_split(train), test, train)
     chat = load_chat(adapter, trust_remote_code=trust_remote_code)
     model = load_model(base, adapter, device, trust_remote_code=trust_remote_code)
     encoded = [
@@ -189,9 +190,9 @@ def _numbers(side: _Side, places: Sequence[int]) -> dict[str, float | int | None
     }
 
 
-def _prediction(row: dict[str, Any], place: int, sides: dict[str, _Side]) -> dict[str, Any]:
+def _prediction(row: SplitRow, place: int, sides: dict[str, _Side]) -> dict[str, Any]:
     """A line of predictions.jsonl: the question, the expected answer, and what each model made of it."""
-    line = {
+    line: dict[str, Any] = {
         "id": row["id"],
         "dataset": row["dataset"],
         "messages": row["messages"][:-1],
@@ -236,7 +237,7 @@ _MEASURES = {
 }
 
 
-def _draw(rows: Sequence[dict[str, Any]], count: int | None) -> list[int]:
+def _draw(rows: Sequence[SplitRow], count: int | None) -> list[int]:
     """`count` rows (all if None), by the digest of their ids: the same ones however the file is ordered."""
     places = range(len(rows))
     if count is None or count >= len(rows):
@@ -244,7 +245,7 @@ def _draw(rows: Sequence[dict[str, Any]], count: int | None) -> list[int]:
     return sorted(sorted(places, key=lambda p: (hashlib.sha256(rows[p]["id"].encode()).digest(), p))[:count])
 
 
-def _assert_unseen(test_rows: list[dict[str, Any]], train_rows: list[dict[str, Any]], test: Path, train: Path) -> None:
+def _assert_unseen(test_rows: list[SplitRow], train_rows: list[SplitRow], test: Path, train: Path) -> None:
     shared = sorted({row["id"] for row in test_rows} & {row["id"] for row in train_rows})
     if shared:
         more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
@@ -252,19 +253,6 @@ def _assert_unseen(test_rows: list[dict[str, Any]], train_rows: list[dict[str, A
             f"{len(shared)} rows of {test} are in {train} too: {', '.join(shared[:5])}{more}",
             "scores on rows that were trained on mean nothing: make the split again (materialise dataset_info)",
         )
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a split.
-
-    Raises:
-        StepFailed: the file is not there.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StepFailed(f"{path}: {error.strerror}", "materialise dataset_info again") from error
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune_assets.chat.template import Encoded, encode_row
+from finetune_assets.data.rows import numbered_rows
 from finetune_assets.recipe import ModelSection, TrainSection
 from finetune_assets.reporting.errors import BadInput
 
@@ -52,36 +52,28 @@ class EncodedRows:
 def encode_file(
     path: Path, tokenizer: PreTrainedTokenizerBase, train: TrainSection, model: ModelSection
 ) -> EncodedRows:
-    """Encode every row of a JSON Lines file of conversations.
+    """Encode every row of a split.
 
     Raises:
         BadInput: a line is no conversation, or the template refuses it (the message names file and line).
     """
     encoded: list[Encoded] = []
     cut = dropped = 0
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = encode_row(
-                    tokenizer,
-                    json.loads(line)["messages"],
-                    default_system=model.default_system,
-                    cutoff_len=train.cutoff_len,
-                    train_on_prompt=train.train_on_prompt,
-                    mask_history=train.mask_history,
-                )
-            except BadInput as error:
-                raise BadInput(f"{path.name}, line {number}: {error.message}", error.hint) from error
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadInput(
-                    f'{path.name}, line {number}: not a row of the form {{"messages": [{{role, content}}, ...]}} '
-                    f"({type(error).__name__}: {error})"
-                ) from error
-            if row.learnt:
-                encoded.append(row)
-                cut += row.cut
-            else:
-                dropped += 1
+    for number, split_row in numbered_rows(path):
+        try:
+            row = encode_row(
+                tokenizer,
+                split_row["messages"],
+                default_system=model.default_system,
+                cutoff_len=train.cutoff_len,
+                train_on_prompt=train.train_on_prompt,
+                mask_history=train.mask_history,
+            )
+        except BadInput as error:
+            raise BadInput(f"{path.name}, line {number}: {error.message}", error.hint) from error
+        if row.learnt:
+            encoded.append(row)
+            cut += row.cut
+        else:
+            dropped += 1
     return EncodedRows(encoded, cut, dropped)

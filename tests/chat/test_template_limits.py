@@ -89,10 +89,8 @@ def test_conversations_of_the_rows_are_tried(tmp_path: Path):
     trap = "{% if messages[0].content == 'now' %}{{ 'x' * 4 * 10**10 }}{% endif %}"
     (tmp_path / "chat_template.jinja").write_text(trap)
     prove_folder(tmp_path, None)
-    rows = tmp_path / "train.jsonl"
-    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "now"}]}) + "\n")
     with pytest.raises(BadInput, match="takes more than"):
-        prove_folder(tmp_path, None, rows)
+        prove_folder(tmp_path, None, [[{"role": "user", "content": "now"}]])
 
 
 def test_a_pipe_for_a_template_does_not_block(tmp_path: Path):

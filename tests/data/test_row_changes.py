@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from finetune_assets.data import row_changes, snapshot
 from finetune_assets.data.row_changes import source_change, split_change
 from tests.conftest import rows
+from tests.support.training_fixtures import chat, write_rows
 
 SAME = "the same rows, written differently"
 
@@ -106,9 +107,7 @@ def test_large_files_are_weighed(taken: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_splits(tmp_path: Path):
     def split(name: str, pairs: list[tuple[str, str]]) -> Path:
-        lines = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
-        (tmp_path / name).write_text("\n".join(map(json.dumps, lines)))
-        return tmp_path / name
+        return write_rows(tmp_path / name, [chat(question, answer) for question, answer in pairs])
 
     before = split("a.jsonl", [("1", "a"), ("2", "b"), ("3", "c")])
     assert split_change(before, split("b.jsonl", [("1", "x"), ("3", "c"), ("4", "d"), ("5", "e")])) == (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_assets.data.files.json_file import read_rows
+from finetune_assets.data.files.by_suffix import read_rows
 from finetune_assets.data.prepare import prepare
 from finetune_assets.data.snapshot import take
 from finetune_assets.inputs.json_text import read_model_json

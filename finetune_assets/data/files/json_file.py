@@ -23,23 +23,27 @@ def read_json(path: Path) -> Any:
     return _parse(read_utf8(path, REGISTRY_SIZE), path, 1)
 
 
-def read_rows(path: Path) -> list[tuple[int, Any]]:
-    """The rows of a JSON array, or of a JSON Lines file (.jsonl), each with the line that it begins in.
+def read_array(path: Path) -> list[tuple[int, Any]]:
+    """Return the elements of a JSON array, each with the line that it begins in.
 
     Raises:
-        BadInput: as read_json; no array; no rows.
+        BadInput: as read_json; or it is not an array.
     """
     text = read_utf8(path)
-    if path.suffix == ".jsonl":
-        rows = [(number, _parse(line, path, number)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
-        value = _parse(text, path, 1)
-        if not isinstance(value, list):
-            raise BadInput(f"{path}: holds {_kind(value)}, not an array of rows", "write the rows as [ {...}, {...} ]")
-        rows = list(zip(_lines_of_elements(text), value, strict=True))
-    if not rows:
-        raise BadInput(f"{path}: has no rows", "a data set needs at least one row")
-    return rows
+    value = _parse(text, path, 1)
+    if not isinstance(value, list):
+        raise BadInput(f"{path}: holds {_kind(value)}, not an array of rows", "write the rows as [ {...}, {...} ]")
+    return list(zip(_lines_of_elements(text), value, strict=True))
+
+
+def read_lines(path: Path) -> list[tuple[int, Any]]:
+    """Return the value in each line of a JSON Lines file that is not blank, with the line's number.
+
+    Raises:
+        BadInput: as read_json.
+    """
+    lines = enumerate(read_utf8(path).split("\n"), 1)
+    return [(number, _parse(line, path, number)) for number, line in lines if line.strip()]
 
 
 def _parse(text: str, path: Path, first_line: int) -> Any:

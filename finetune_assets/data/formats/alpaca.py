@@ -5,14 +5,11 @@ The user's text is the prompt, then the query on a new line; history holds earli
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+import json
+from typing import Any
 
+from finetune_assets.data.formats.conversation import Message, RowKey
 from finetune_assets.data.registry import Columns
-
-
-class Message(TypedDict):
-    role: str
-    content: str
 
 
 def to_messages(row: Any, columns: Columns) -> list[Message]:
@@ -54,6 +51,24 @@ def unmapped(columns: Columns, present: set[str]) -> list[tuple[str, str]]:
         for role in Columns.model_fields
         if role in needed and (name := getattr(columns, role)) not in present
     ]
+
+
+def row_key(row: Any, columns: Columns) -> RowKey:
+    """Return what identifies a row when two files are compared.
+
+    Raises:
+        TypeError: it is not an object.
+    """
+    if not isinstance(row, dict):
+        raise TypeError("a row is an object")
+    question = tuple(_cell(row.get(name)) for name in (columns.prompt, columns.query))
+    others = tuple(_cell(row.get(name)) for name in (columns.response, columns.system, columns.history))
+    return RowKey(question, question + others)
+
+
+def _cell(value: Any) -> str | None:
+    """Return a cell as text; an empty cell equals an absent one."""
+    return (value if isinstance(value, str) else json.dumps(value)) if value else None
 
 
 def _text(row: dict[str, Any], column: str) -> str:

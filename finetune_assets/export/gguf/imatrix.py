@@ -10,13 +10,13 @@ a linear layer uses it or an expert that is one of many in a single parameter.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.template import encode_row
+from finetune_assets.data.rows import read_split
 from finetune_assets.export.gguf.imatrix_file import Inputs, write_imatrix
 from finetune_assets.export.parity.held_out import suited
 from finetune_assets.models.decoding import Chat, load_chat, load_model
@@ -77,9 +77,8 @@ def choose(rows: Path, chat: Chat, tokens: int = TOKENS, longest: int = LONGEST)
 
     Which they are is decided by their content, not by the order of the file.
     """
-    records = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines() if line.strip()]
     chosen: list[list[int]] = []
-    for record in sorted(records, key=lambda record: record["id"]):
+    for record in sorted(read_split(rows), key=lambda record: record["id"]):
         # mask_history: with it every template will do, and the ids are the same
         row = encode_row(
             chat.tokenizer, record["messages"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row, with_system
+from finetune_assets.data.rows import read_split
 from finetune_assets.models.decoding import Chat
 from finetune_assets.models.formats.safetensors import Checkpoint
 from finetune_assets.reporting.errors import StepFailed
@@ -75,9 +75,8 @@ def choose(
     Raises:
         StepFailed: the chat template leaves no words of an answer.
     """
-    rows = [json.loads(line) for line in held_out.read_text(encoding="utf-8").splitlines() if line.strip()]
     sizes = (conversations, points, longest)
-    chosen = pick(rows, chat, *sizes) or pick(_built_in(), chat, *sizes)
+    chosen = pick(read_split(held_out), chat, *sizes) or pick(_built_in(), chat, *sizes)
     if not chosen:
         raise StepFailed("the chat template leaves no words of an answer to compare models by")
     return chosen

@@ -240,7 +240,7 @@ def test_the_file_is_llama_cpp_s(tmp_path: Path) -> None:
 def write(path: Path, count: int = 9) -> Path:
     """Rows of many lengths."""
     records = [
-        {"id": f"{number * 7919 % 100:016x}", "messages": [
+        {"id": f"{number * 7919 % 100:016x}", "dataset": "x", "messages": [
             {"role": "user", "content": "hello you " * number}, {"role": "assistant", "content": f"no {number}."}]}
         for number in range(count)
     ]  # fmt: skip

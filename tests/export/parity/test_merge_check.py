@@ -28,6 +28,7 @@ from tests.support.export_fixtures import tiny_adapter, tiny_base, tiny_tokenize
 torch = pytest.importorskip("torch")
 ROW = {
     "id": "0",
+    "dataset": "x",
     "messages": [{"role": "user", "content": "hello you"}, {"role": "assistant", "content": "hello, you there!"}],
 }
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -36,7 +36,9 @@ def vocabulary(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, reques
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     file = tmp_path / "train.jsonl"
-    file.write_text(json.dumps({"id": "0", "messages": TALK}, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(
+        json.dumps({"id": "0", "dataset": "x", "messages": TALK}, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return file
 
 
