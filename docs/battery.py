@@ -40,18 +40,11 @@ from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.digests import DigestCache, digest_of_file
-from tests.support import corruptions
-from tests.support.corruptions import (
-    GGUF_HARMS,
-    LOUD_HARMS,
-    MERGED_HARMS,
-    NASTY,
-    PUBLISHED_HARMS,
-    WORD_HARMS,
-    flip,
-    named,
-    served_harms,
-)
+from tests.support.corruptions.files import PUBLISHED_HARMS, flip
+from tests.support.corruptions.gguf_files import GGUF_HARMS, LOUD_HARMS, WORD_HARMS
+from tests.support.corruptions.harm import GGUF, MERGED, PUBLISHED, SERVER, STORE, named
+from tests.support.corruptions.merged_models import MERGED_HARMS
+from tests.support.corruptions.served import NASTY, served_harms, slip
 
 HEAD = """# The corruption battery
 
@@ -130,7 +123,7 @@ def merged_weights(base: Path, adapter: Path, merged: Path, held_out: Path, fold
                 for check in named(error):
                     words = next((line for line in lines if line.startswith(f"  check {check}: ")), lines[-1])
                     said[check] = words.partition(": ")[2] if words.startswith("  check") else words
-            harmed(harm.name, corruptions.MERGED, harm.check, said)
+            harmed(harm.name, MERGED, harm.check, said)
 
 
 def gguf_file(good: Path, kind: str, reference: Reference, folder: Path) -> None:
@@ -144,7 +137,7 @@ def gguf_file(good: Path, kind: str, reference: Reference, folder: Path) -> None
             for failure in failures:
                 words = f"{failure.measured}, allowed: {failure.allowed}".replace(str(folder) + "/", "")
                 said.setdefault(failure.check, words)
-            harmed(harm.name, corruptions.GGUF, harm.check, said)
+            harmed(harm.name, GGUF, harm.check, said)
 
 
 def published(artifact: Artifact, asset: str, folder: Path) -> None:
@@ -153,7 +146,7 @@ def published(artifact: Artifact, asset: str, folder: Path) -> None:
         with copied(artifact.path, folder) as copy:
             harm.strike(copy / file)
             damage = Artifact(copy, artifact.manifest).damage(DigestCache(None))
-            harmed(harm.name, f"{corruptions.PUBLISHED}: {asset}", harm.check, {"artifact": damage} if damage else {})
+            harmed(harm.name, f"{PUBLISHED}: {asset}", harm.check, {"artifact": damage} if damage else {})
 
 
 def our_store(model: OllamaModel, folder: Path) -> None:
@@ -165,7 +158,7 @@ def our_store(model: OllamaModel, folder: Path) -> None:
         blob.with_suffix(".own").replace(blob)
         flip(blob)
         said = {check.name: check.found for check in in_store(folder / "store", model, made.digest) if not check.ok}
-        harmed(f"one bit of the {kind} flipped", corruptions.STORE, "blobs", said)
+        harmed(f"one bit of the {kind} flipped", STORE, "blobs", said)
         shutil.rmtree(folder / "store")
 
 
@@ -177,19 +170,19 @@ def server(model: OllamaModel, folder: Path) -> None:
         replies = {model.name: expected(model)}
         ollama_create.create(host, [model], replies)
         for harm in served_harms(other):
-            slip = corruptions.slip(host, harm, create)
+            create_harmed = slip(host, harm, create)
             said: dict[str, str] = {}
-            with mock.patch.object(ollama_create, "_create", slip):
+            with mock.patch.object(ollama_create, "_create", create_harmed):
                 try:
                     ollama_create.create(host, [model], replies)
                 except StepFailed as error:
                     found = error.message.partition("as it was made: ")[2]
                     said = {part.partition(": ")[0]: part.partition(": ")[2] for part in found.split("; ")}
-            harmed(harm.name, corruptions.SERVER, harm.check, said)
+            harmed(harm.name, SERVER, harm.check, said)
         assert show(host, model.name)["system"] == NASTY
         row(
             "none: a system prompt with triple quotes and braces",
-            corruptions.SERVER,
+            SERVER,
             "nothing",
             f"served as `{NASTY!r}`",
         )
@@ -239,7 +232,7 @@ def main(recipe: str) -> None:
     model = next(iter(recorded({**facts, "system": NASTY}, path["gguf_file"]).values()))
     kind = "q8_0" if "q8_0" in there["gguf_file"].metrics["types"] else next(iter(there["gguf_file"].metrics["types"]))
     good = path["gguf_file"] / there["gguf_file"].metrics["types"][kind]["file"]
-    places = {name.lower(): getattr(corruptions, name) for name in ("MERGED", "GGUF", "PUBLISHED", "STORE", "SERVER")}
+    places = {"merged": MERGED, "gguf": GGUF, "published": PUBLISHED, "store": STORE, "server": SERVER}
     print(HEAD.format(recipe=recipe, kind=kind, **places))
     with tempfile.TemporaryDirectory(prefix="battery-") as temporary:
         folder = Path(temporary)

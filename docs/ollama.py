@@ -20,15 +20,15 @@ from docs.serving import WIDTH, Shell
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
 from finetune_assets.export.serving_commands import OLLAMA
 from finetune_assets.reporting.errors import StepFailed
-from tests.support.ollama_standin import Settings, standing_in
-from tests.support.standin_copies import backwards, one_weight_changed
-from tests.support.standin_store import llama_quantize
+from tests.support.ollama.standin import Settings, standing_in
+from tests.support.ollama.standin_copies import backwards, one_weight_changed
+from tests.support.ollama.standin_store import llama_quantize
 
 HEAD = """# Which Ollama does what
 
 Printed by `python -m docs.ollama {recipe}`: the finished model was published to each server below, on a free port of
 the loopback interface, and the commands say what they said; ports and paths are shown as a reader would have them. The
-stand-in is not Ollama: it does what was read in the source of Ollama 0.33 and 0.34 (`tests/support/ollama_standin.py`),
+stand-in is not Ollama: it does what was read in the source of Ollama 0.33 and 0.34 (`tests/support/ollama/standin.py`),
 and copies weights with {tool}.
 
 {table}

@@ -21,7 +21,7 @@ from finetune_assets.export.ollama.template.choice import served_by
 from finetune_assets.export.ollama.template.derive import battery
 from finetune_assets.export.ollama.template.proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
 from finetune_assets.reporting.errors import StepFailed
-from tests.support.template_files import SPECIALS, letters_file, published
+from tests.support.ollama.template_files import SPECIALS, letters_file, published
 
 HEAD = """# Published chat templates, and the two ways in which Ollama makes prompts
 

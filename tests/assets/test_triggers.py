@@ -16,7 +16,7 @@ from finetune_assets.reporting.errors import BadInput
 from resources import dead_runs, webhook
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain
-from tests.support.webhook_receiver import Receiver
+from tests.support.servers.webhook_receiver import Receiver
 
 
 class Sensor:

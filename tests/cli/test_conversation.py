@@ -20,7 +20,7 @@ from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
-from tests.support.ollama_fixtures import needs_server, put, served, tiny_files
+from tests.support.ollama.fixtures import needs_server, put, served, tiny_files
 from tests.support.training_fixtures import tiny_base
 
 QUESTION = [{"role": "user", "content": "Who are you?"}]

@@ -21,7 +21,7 @@ from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain, plan_of
-from tests.support.ollama_fixtures import Files, tiny_files, with_weights
+from tests.support.ollama.fixtures import Files, tiny_files, with_weights
 
 
 @pytest.fixture

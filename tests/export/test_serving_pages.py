@@ -24,7 +24,7 @@ from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, make_mini
 from tests.support.history_fixtures import make_chain
-from tests.support.ollama_fixtures import Files, needs_server, tiny_files, with_weights
+from tests.support.ollama.fixtures import Files, needs_server, tiny_files, with_weights
 
 SYSTEM = """You're "Mizan" $HOME `id` \\ {{ .X }} 好"""
 STAND_IN = """#!/usr/bin/env python3

@@ -11,7 +11,7 @@ from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.inputs import remote_code
 from finetune_assets.models.decoding import load_network
 from finetune_assets.reporting.errors import StepFailed
-from tests.support.own_code import SECRET, hostile, modules_folder, write_json
+from tests.support.hostile.own_code import SECRET, hostile, modules_folder, write_json
 from tests.support.training_fixtures import tiny_base
 
 

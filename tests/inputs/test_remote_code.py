@@ -26,8 +26,7 @@ from finetune_assets.store.digests import DigestCache
 from finetune_assets.worker import launch
 from tests.conftest import REPOSITORY, make_mini
 from tests.support.export_fixtures import converter_cache, tiny_adapter
-from tests.support.hub_server import HubServer, Repository
-from tests.support.own_code import (
+from tests.support.hostile.own_code import (
     CONVERTED,
     NEEDED,
     SECRET,
@@ -38,6 +37,7 @@ from tests.support.own_code import (
     with_its_own_code,
     write_json,
 )
+from tests.support.servers.hub_server import HubServer, Repository
 from tests.support.training_fixtures import chat, tiny_base, write_rows
 
 IMPORTABLE = ("LICENSE_tok.py", "NOTICE.PY", "LICENSE.pyc", "USE_POLICY.so", "tokenization_x.py")

@@ -24,7 +24,7 @@ from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject
 from tests.models.test_base_model import folder_model
 from tests.support.history_fixtures import make_chain, plan_of, store_of
-from tests.support.ollama_fixtures import Files, needs_server, tiny_files, with_weights
+from tests.support.ollama.fixtures import Files, needs_server, tiny_files, with_weights
 
 
 def move(old: Path, new: Path) -> None:

@@ -12,9 +12,9 @@ from finetune_assets.reporting.errors import BadInput
 from finetune_assets.store.artifact import Artifact
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject, rows
-from tests.export.ollama.test_ollama_server import stand_in
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 from tests.support.retention_fixtures import disk, gc, gone, keys, reasons, there, three_rates
+from tests.support.servers.fixed_answers import stand_in
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject, make_mini
-from tests.export.ollama.test_ollama_server import stand_in
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 from tests.support.retention_fixtures import gc, keys, reasons, there, three_rates
+from tests.support.servers.fixed_answers import stand_in
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject
-from tests.support.make_chain_fixture import ARCHIVE
+from tests.support.records.make_chain_fixture import ARCHIVE
 
 ASSETS = (
     *("raw_dataset", "dataset_info", "base_model", "lora_adapter"),

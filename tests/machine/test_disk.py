@@ -21,7 +21,7 @@ from finetune_assets.store.artifact import Made
 from tests.conftest import REPOSITORY, MiniProject, rows
 from tests.lineage.test_plan import make, make_data, plan
 from tests.models.test_hub import COMMIT, MODEL, Client
-from tests.support.hub_server import HubServer, Repository
+from tests.support.servers.hub_server import HubServer, Repository
 
 MIB = 2**20
 

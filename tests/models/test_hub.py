@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.models.test_base_model import safetensors
-from tests.support.hub_server import Faults, HubServer, Repository
+from tests.support.servers.hub_server import Faults, HubServer, Repository
 
 MODEL = "someone/some-model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

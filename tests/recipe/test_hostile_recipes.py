@@ -20,7 +20,7 @@ from finetune_assets.lineage.plan import make_plan, open_store
 from finetune_assets.recipe.file import find_recipe, load_recipe
 from finetune_assets.reporting.errors import BadInput
 from tests.conftest import REPOSITORY, MiniProject
-from tests.support.hostile_recipes import GOOD, KINDS, put
+from tests.support.hostile.recipes import GOOD, KINDS, put
 
 SECONDS = 5
 

@@ -15,7 +15,7 @@ import pytest
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.masking import mask, mask_logging, masked, masked_error
 from tests.conftest import REPOSITORY, MiniProject, make_mini, shared_cache
-from tests.support.hub_server import Faults, HubServer, Repository
+from tests.support.servers.hub_server import Faults, HubServer, Repository
 
 SECRET, TOKEN = "geheim-7Q", "hf_abcdefghijklmnopqrstuvwxyzABCDEF12"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

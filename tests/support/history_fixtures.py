@@ -19,7 +19,7 @@ from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import CHATML
-from tests.support.template_files import add_letters
+from tests.support.ollama.template_files import add_letters
 
 
 def stand_in(step: Step) -> Made:

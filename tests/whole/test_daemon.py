@@ -16,8 +16,8 @@ from resources import webhook
 from tests.conftest import REPOSITORY, MiniProject, make_mini, rows, shared_cache
 from tests.support.dagster_internals import InstigatorTick
 from tests.support.history_fixtures import plan_of
-from tests.support.hostile_recipes import KINDS, put
-from tests.support.webhook_receiver import Receiver
+from tests.support.hostile.recipes import KINDS, put
+from tests.support.servers.webhook_receiver import Receiver
 
 WAIT = 240.0  # seconds; a tick comes every few seconds, a tiny chain takes half a minute
 

@@ -89,16 +89,6 @@ EXEMPTIONS = (
         "the recipe judges unusual cron expressions without Dagster, or leaves them to assets/automation",
         ("finetune_assets/recipe/cron.py: imports dagster, which recipe may not",),
     ),
-    Exemption(
-        date(2026, 11, 24),
-        "fixtures and stand-ins have folders of their own, and the longest tests are split",
-        (
-            "tests/export/gguf/test_imatrix.py: has more than 420 lines",
-            "tests/export/ollama/test_ollama_server.py: has more than 420 lines",
-            "tests/support/corruptions.py: has more than 420 lines",
-            "tests/support: holds more than 14 things",
-        ),
-    ),
 )
 
 

@@ -24,7 +24,7 @@ from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
 from tests.conftest import shared_cache
 from tests.support.export_fixtures import converter_cache, tiny_base, tiny_tokenizer
-from tests.support.shapes import SHAPES, digests, write
+from tests.support.records.shapes import SHAPES, digests, write
 
 
 def llama_quantize() -> Path | None:

@@ -16,7 +16,7 @@ from finetune_assets.export.gguf.type_policy import tensor_types
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES
 from finetune_assets.store.digests import digest_of_file
-from tests.support.shapes import BYTES, SHAPES, described, digest, importance, in_form, joined, write
+from tests.support.records.shapes import BYTES, SHAPES, described, digest, importance, in_form, joined, write
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "fixtures/shapes.json").read_text())
 GIVEN_UP = ("some rows of 328", "some rows of 100, tied", "rows of 200", "mamba")  # rows that are no multiple of 32

@@ -32,10 +32,10 @@ from finetune_assets.store.digests import digest_of_file
 from tests.conftest import MiniProject
 from tests.export.ollama.test_verify import all_good, failed, look
 from tests.support.history_fixtures import make_chain, plan_of, store_of
-from tests.support.ollama_fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files, with_weights
-from tests.support.ollama_standin import Settings, standing_in
-from tests.support.standin_copies import another_type, backwards, one_weight_changed, other_metadata
-from tests.support.standin_store import copy_weights, llama_quantize
+from tests.support.ollama.fixtures import PARAMETERS, Files, needs_server, put, served, tiny_files, with_weights
+from tests.support.ollama.standin import Settings, standing_in
+from tests.support.ollama.standin_copies import another_type, backwards, one_weight_changed, other_metadata
+from tests.support.ollama.standin_store import copy_weights, llama_quantize
 
 AS_TEMPLATE = "Ollama 0.34.1-standin: prompts by TEMPLATE, weights as sent"
 COPY = "Ollama 0.34.1-standin: prompts by TEMPLATE, weights in a copy of its own"
@@ -86,7 +86,7 @@ def test_our_writer_is_the_tool_s(model: OllamaModel, tmp_path: Path, monkeypatc
     """What the stand-in does without the tool is what it does with it."""
     backwards(model.gguf, tmp_path / "other.gguf")
     copy_weights(tmp_path / "other.gguf", tmp_path / "tool.gguf")
-    monkeypatch.setattr("tests.support.standin_store.llama_quantize", lambda: None)
+    monkeypatch.setattr("tests.support.ollama.standin_store.llama_quantize", lambda: None)
     copy_weights(tmp_path / "other.gguf", tmp_path / "writer.gguf")
     assert digest_of_file(tmp_path / "tool.gguf") == digest_of_file(tmp_path / "writer.gguf")
     assert digest_of_file(tmp_path / "writer.gguf") != digest_of_file(tmp_path / "other.gguf")

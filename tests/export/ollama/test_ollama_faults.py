@@ -27,8 +27,8 @@ from tests.conftest import MiniProject
 from tests.machine.test_disk import small_disk
 from tests.support.events import json_into
 from tests.support.history_fixtures import make_chain, plan_of
-from tests.support.ollama_fixtures import Files, needs_server, put, served, tiny_files
-from tests.support.tcp_proxy import Fault, Proxy
+from tests.support.ollama.fixtures import Files, needs_server, put, served, tiny_files
+from tests.support.servers.tcp_proxy import Fault, Proxy
 
 pytestmark = needs_server
 NAME = "tiny:latest"

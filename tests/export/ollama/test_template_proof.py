@@ -13,7 +13,7 @@ from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.template.proof import CALLS, ORDINARY, TOOLS, Proof, prove_file
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.export_fixtures import CHATML
-from tests.support.template_files import SPECIALS, letters_file
+from tests.support.ollama.template_files import SPECIALS, letters_file
 
 HELLO = [{"role": "user", "content": "hi"}]
 TODAY = "{{ strftime_now('%d %B %Y') }}, {{ strftime_now(\"%y\") }}|" + CHATML

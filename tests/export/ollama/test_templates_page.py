@@ -16,8 +16,8 @@ from finetune_assets.chat.rendering import render_jinja
 from finetune_assets.export.ollama.server.temporary import serving
 from tests.conftest import REPOSITORY
 from tests.support.export_fixtures import CHATML
-from tests.support.ollama_fixtures import needs_server
-from tests.support.template_files import SPECIALS, published
+from tests.support.ollama.fixtures import needs_server
+from tests.support.ollama.template_files import SPECIALS, published
 
 PAGE = (REPOSITORY / "docs" / "templates.md").read_text(encoding="utf-8")
 LINES = PAGE.splitlines()

@@ -23,7 +23,7 @@ from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, plan_of, store_of
-from tests.support.ollama_fixtures import needs_server, tiny_files, with_weights
+from tests.support.ollama.fixtures import needs_server, tiny_files, with_weights
 
 Found = dict[str, list[Check]]
 

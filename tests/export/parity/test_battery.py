@@ -39,24 +39,19 @@ from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.store.digests import digest_of_file
 from tests.conftest import MiniProject
-from tests.support.corruptions import (
+from tests.support.corruptions.files import PUBLISHED_HARMS, flip
+from tests.support.corruptions.gguf_files import (
     BEGIN_OF_TEXT,
     GEMMA_HARMS,
     GGUF_HARMS,
     LLAMA_3_HARMS,
     LOUD_HARMS,
-    MERGED_HARMS,
-    NASTY,
-    PUBLISHED_HARMS,
     WORD_HARMS,
     YARN_HARMS,
-    Harm,
-    flip,
-    named,
-    put_there,
-    served_harms,
-    slip,
 )
+from tests.support.corruptions.harm import Harm, named
+from tests.support.corruptions.merged_models import MERGED_HARMS
+from tests.support.corruptions.served import NASTY, put_there, served_harms, slip
 from tests.support.export_fixtures import (
     CHAT,
     as_merged,
@@ -69,7 +64,7 @@ from tests.support.export_fixtures import (
     tiny_tokenizer,
 )
 from tests.support.history_fixtures import make_chain, plan_of, store_of
-from tests.support.ollama_fixtures import Files, needs_server, put, tiny_files, with_weights
+from tests.support.ollama.fixtures import Files, needs_server, put, tiny_files, with_weights
 
 HELD = ("f16", "q4_k_m")  # types that every harm is done to
 NOT_ASKED = Expected("Hi", 1, "", 0, False)

@@ -25,7 +25,7 @@ from finetune_assets.models.engines.llama_cpp_probe import Distribution
 from finetune_assets.models.formats.gguf import UINT32, read_head, write_with_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
-from tests.support.corruptions import flip
+from tests.support.corruptions.files import flip
 from tests.support.export_fixtures import gguf_files, held_out_rows, opinionated
 
 

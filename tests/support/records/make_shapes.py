@@ -1,6 +1,6 @@
 """Ask llama.cpp's own quantiser about every model of shapes.py and hold ours against it.
 
-usage: python -m tests.support.make_shapes [--write] [NAME...]
+usage: python -m tests.support.records.make_shapes [--write] [NAME...]
 
 For each model and each type, with and without an importance matrix, llama-quantize and ours make a file; types, bytes
 and metadata are compared. Then `llama-quantize COPY` copies our file, and both must be the same byte for byte.
@@ -25,7 +25,7 @@ from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.gguf_types import FILE_TYPES, IMATRIX_TYPES
 from finetune_assets.recipe.project import Project
 from finetune_assets.store.digests import digest_of_file
-from tests.support.shapes import BYTES, SHAPES, described_file, digest, digests, importance, in_form, joined
+from tests.support.records.shapes import BYTES, SHAPES, described_file, digest, digests, importance, in_form, joined
 
 GIVES_UP = "no tensor type fallback is defined"
 """What llama-quantize says of rows that are no multiple of 32, in types other than K-quants; we write F16 there."""
@@ -145,7 +145,7 @@ def main() -> None:
     print(f"{'all':<45} {totals[0] - totals[1]:6} of {totals[0]:6} tensors equal, {totals[2]} files given up")
     print(f"{totals[3]} files copied with COPY, {totals[1]} differences in all")
     if options.write:
-        target = Path(__file__).parents[1] / "fixtures" / "shapes.json"
+        target = Path(__file__).parents[2] / "fixtures" / "shapes.json"
         target.write_text(json.dumps(reference, indent=1) + "\n")
     sys.exit(totals[1] > 0)
 

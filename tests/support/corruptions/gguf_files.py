@@ -1,48 +1,20 @@
-"""What can be wrong with a model on its way into Ollama: each harm, the place it strikes, and the check that finds it.
-
-One list for the tests, which strike tiny models, and for docs/battery.py, which strikes a finished project's.
-"""
+"""Harms of GGUF files."""
 
 from __future__ import annotations
 
-import json
-import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from finetune_assets.export.ollama.modelfile import OllamaModel
 from finetune_assets.models.formats.gguf import BOOL, STRING, UINT32, Head, read_head, write_with_head
-from finetune_assets.reporting.errors import StepFailed
+from tests.support.corruptions.files import cut
+from tests.support.corruptions.harm import Harm
 
-T = TypeVar("T", Callable[[Path], None], Callable[[OllamaModel], OllamaModel])
 FLOAT32 = 6  # GGUF's number of that kind of value
 WINDOW, SCALING = "gemma3.attention.sliding_window", "qwen3moe.rope.scaling."
-
-MERGED = "merged weights, before they are published"
-GGUF = "GGUF file, before it is published"
-PUBLISHED = "published artifact"
-STORE = "our own Ollama store"
-SERVER = "Ollama server"
-
-
-@dataclass(frozen=True)
-class Harm(Generic[T]):
-    """One way of being wrong. `check` names the check that must find it; others may find it, too.
-
-    `strike` changes a file or folder in its place, or says what is served instead of a model.
-    """
-
-    name: str
-    check: str
-    strike: T
-
-
-# GGUF files
 
 
 def _in_rows(change: Callable[[Head, dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
@@ -128,11 +100,6 @@ def _flipped_merge(file: Path) -> None:
         data.write(bytes([start[at] ^ 1]))
 
 
-def _cut(file: Path) -> None:
-    with file.open("r+b") as data:
-        data.truncate(file.stat().st_size * 9 // 10)
-
-
 def _without_norm(head: Head) -> Head:
     return _without_tensor(f"{_last_layer(head)}.attn_norm.weight")(head)
 
@@ -209,7 +176,7 @@ GGUF_HARMS: tuple[Harm[Callable[[Path], None]], ...] = (
     Harm("a norm three times as large", "weights", _in_rows(_louder)),
     Harm("one bit of a weight flipped", "bytes", _in_rows(_one_bit)),
     Harm("one bit of the vocabulary flipped", "bytes", _flipped_merge),
-    Harm("cut at 90 %", "file", _cut),
+    Harm("cut at 90 %", "file", cut),
     Harm("a newline more in the template", "chat template", _in_head(_template(lambda text: text + "\n"))),
     Harm(
         "a newline more after the answer's header", "prompt ids",
@@ -269,171 +236,3 @@ BEGIN_OF_TEXT = Harm(
 )  # fmt: skip
 # Weights so wrong that the distributions of a coarse type show it, too; a limit for its KL must be below what they do.
 LOUD_HARMS = tuple(harm for harm in GGUF_HARMS if harm.check == "weights" and harm.name != "a norm of ones")
-
-
-# Merged models
-
-
-def _in_tensors(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
-    def strike(folder: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        (file,) = folder.glob("*.safetensors")
-        tensors = load_file(file)
-        change(tensors)
-        save_file(tensors, broken := file.with_suffix(".broken"), {"format": "pt"})
-        broken.replace(file)
-
-    return strike
-
-
-def _zero(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.1.mlp.down_proj.weight"].zero_()
-
-
-def _swap(tensors: dict[str, Any]) -> None:
-    one, two = (f"model.layers.{number}.self_attn.o_proj.weight" for number in (0, 1))
-    tensors[one], tensors[two] = tensors[two], tensors[one]
-
-
-def _permute(tensors: dict[str, Any]) -> None:
-    """Queries as llama.cpp has them."""
-    name = "model.layers.0.self_attn.q_proj.weight"
-    matrix = tensors[name]
-    tensors[name] = matrix.reshape(2, -1, matrix.shape[1]).transpose(0, 1).reshape(matrix.shape).contiguous()
-
-
-def _drop(tensors: dict[str, Any]) -> None:
-    tensors["model.layers.1.input_layernorm.weight"].fill_(1)
-
-
-def _flip(tensors: dict[str, Any]) -> None:
-    """The highest bits of a weight; the lowest are within what different sums of the same numbers differ by."""
-    weight = tensors["model.layers.1.mlp.up_proj.weight"].view(-1)[-1:].numpy().view(np.uint8)
-    weight[-1] ^= 2
-
-
-def _another_base(folder: Path) -> None:
-    """The base's weights were one per cent others when the adapter was trained."""
-    import torch
-
-    torch.manual_seed(0)
-
-    def shift(tensors: dict[str, Any]) -> None:
-        for name, tensor in tensors.items():
-            tensors[name] = tensor * (1 + 0.01 * torch.randn(tensor.shape, dtype=tensor.dtype))
-
-    _in_tensors(shift)(folder)
-
-
-def _cut_weights(folder: Path) -> None:
-    (file,) = folder.glob("*.safetensors")
-    _cut(file)
-
-
-def _rope(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("rope_theta", None)
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 123.0}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-
-
-MERGED_HARMS: tuple[Harm[Callable[[Path], None]], ...] = (
-    Harm("one tensor zeroed", "weights", _in_tensors(_zero)),
-    Harm("two tensors swapped", "weights", _in_tensors(_swap)),
-    Harm("queries permuted", "weights", _in_tensors(_permute)),
-    Harm("a norm of ones", "weights", _in_tensors(_drop)),
-    Harm("one bit of a weight flipped", "weights", _in_tensors(_flip)),
-    Harm("adapter of another base", "logits", _another_base),
-    Harm("cut at 90 %", "safetensors", _cut_weights),
-    Harm("wrong rope base", "logits", _rope),
-)
-
-
-# What lies published
-
-
-def flip(file: Path) -> None:
-    """The last bit of a file."""
-    with file.open("r+b") as data:
-        data.seek(-1, 2)
-        last = data.read(1)[0]
-        data.seek(-1, 2)
-        data.write(bytes([last ^ 1]))
-
-
-PUBLISHED_HARMS: tuple[Harm[Callable[[Path], None]], ...] = (
-    Harm("one bit flipped", "artifact", flip),
-    Harm("cut at 90 %", "artifact", _cut),
-    Harm("a file gone", "artifact", Path.unlink),
-)
-
-
-# What is served
-
-NASTY = 'You are """Ada""" {{ .System }} {{{ "x" }}}\n"""\nBe {% brief %}. 你好 """'
-
-
-def _stops(model: OllamaModel) -> OllamaModel:
-    return replace(model, parameters={**model.parameters, "stop": ["<|endoftext|>"]})
-
-
-def _half_a_system(model: OllamaModel) -> OllamaModel:
-    """What is left of the system prompt by someone who ends it at its first three quotes."""
-    return replace(model, system=(model.system or "").partition('"""')[0])
-
-
-def _rendered_system(model: OllamaModel) -> OllamaModel:
-    """... or by someone who takes its braces for a template's."""
-    return replace(model, system=re.sub(r"{{.*?}}", "", model.system or ""))
-
-
-def served_harms(other: Path) -> tuple[Harm[Callable[[OllamaModel], OllamaModel]], ...]:
-    """Models that someone puts in the place of one whose system prompt is `NASTY`.
-
-    Args:
-        other: another GGUF file with the same tokenizer.
-    """
-    from finetune_assets.store.digests import digest_of_file
-
-    digest = digest_of_file(other)
-    return (
-        Harm("other weights", "weights", lambda model: replace(model, gguf=other, sha256=digest)),
-        Harm("a newline more in the template", "template", lambda model: replace(
-            model, template=model.template + "\n")),
-        Harm("wrong stop text", "stops", _stops),
-        Harm("no stop text", "stops", lambda model: replace(
-            model, parameters={key: value for key, value in model.parameters.items() if key != "stop"})),
-        Harm("a system prompt cut at its triple quotes", "system", _half_a_system),
-        Harm("a system prompt whose braces are gone", "system", _rendered_system),
-        Harm("another temperature", "parameters", lambda model: replace(
-            model, parameters={**model.parameters, "temperature": 1.5})),
-    )  # fmt: skip
-
-
-Create = Callable[[Any, str, OllamaModel], None]
-
-
-def put_there(host: str, name: str, model: OllamaModel, create: Create) -> None:
-    """Make a model on a server under a name, whatever is there.
-
-    Args:
-        create: ollama_create's own.
-    """
-    from ollama import Client
-
-    from finetune_assets.export.ollama.server import upload as ollama_upload
-
-    ollama_upload.send(host, model.gguf, model.sha256, lambda event: None)
-    create(Client(host=host, timeout=300, trust_env=False), name, model)
-
-
-def slip(host: str, harm: Harm[Callable[[OllamaModel], OllamaModel]], create: Create) -> Create:
-    """What creates another model than it was asked for."""
-    return lambda client, name, model: put_there(host, name, harm.strike(model), create)
-
-
-def named(error: StepFailed) -> set[str]:
-    """The checks that a failure of a step names; what cannot be read at all is named by its format."""
-    found = set(re.findall(r"^  check ([a-z ]+): ", error.message, re.MULTILINE))
-    return found or ({"safetensors"} if ".safetensors cannot be read" in error.message else set())

@@ -1,6 +1,6 @@
 """The maker of test_unmoved.py's fixture: a tiny project whose chain of eight assets has run once.
 
-usage: python -m tests.support.make_chain_fixture
+usage: python -m tests.support.records.make_chain_fixture
 
 The archive shows that later code still calls the artifacts of COMMIT fresh, so moved or rewritten code is no reason to
 make it again. Make it again only when a version changes on purpose: an asset's code version, or the version of a tool

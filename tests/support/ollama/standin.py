@@ -6,7 +6,7 @@ GGUF file's chat template, prompts and answers by llama.cpp's server (the one in
 `logprobs`, and the folder's layout. TEMPLATE is rendered by the project's own evaluator of Go templates, whose results
 are compared with a real Ollama 0.9.3 elsewhere. The texts of errors are its own.
 
-usage: python -m tests.support.ollama_standin serve   (OLLAMA_HOST, OLLAMA_MODELS, OLLAMA_GO_TEMPLATE as for Ollama)
+usage: python -m tests.support.ollama.standin serve   (OLLAMA_HOST, OLLAMA_MODELS, OLLAMA_GO_TEMPLATE as for Ollama)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune_assets.export.ollama.template.derive import go_data
 from finetune_assets.export.ollama.template.go_eval import render
 from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine
 from finetune_assets.models.formats.gguf import read_head
-from tests.support.standin_store import Refused, Store, Stored, copy_weights, details, shown
+from tests.support.ollama.standin_store import Refused, Store, Stored, copy_weights, details, shown
 
 VERSION = "0.34.1-standin"
 STAMP = "2026-08-21T00:00:00Z"
