@@ -92,14 +92,9 @@ def materialise(
         artifact = store.get(recipe.name, asset, wanted.hex)
         if artifact is not None and not force and invalid_reason(artifact, project, store.digests) is None:
             return _done(store, artifact, inputs)
-        for name, used in inputs.items():
-            # found before the lock was held, which is what keeps a collection from removing them
-            if not used.path.is_dir():
-                raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed meanwhile", "run again")
+        _still_there(recipe, inputs)
         started = time.monotonic()
-        previous = store.current(recipe.name, asset)
-        if previous is not None and (force or previous.damage(store.digests) is not None):
-            previous = None
+        previous = None if force else _previous(recipe, asset, store)
         step = Step(
             recipe, project, inputs, staging, previous, wanted.ingredients, progress, lambda job: launch(job, progress)
         )
@@ -107,12 +102,7 @@ def materialise(
         if sources_of(node, recipe, project, store.digests) != sources:
             raise StepFailed(f"what {recipe.name}/{asset} reads was changed while it was read", "run again")
         _still_whole(recipe, inputs, store)
-        record = {
-            "seed": recipe.train.seed,
-            "seconds": round(time.monotonic() - started, 1),
-            "libraries": {name: metadata.version(name) for name in RECORDED},
-            "inputs": {name: used.fingerprint for name, used in inputs.items()},
-        }
+        record = _record(recipe, inputs, seconds=time.monotonic() - started)
         artifact = store.publish(staging, recipe.name, asset, wanted, made, record)
         store.make_current(artifact)
         return Outcome(artifact, inputs, reused=False)
@@ -121,6 +111,32 @@ def materialise(
 def _done(store: ArtifactStore, artifact: Artifact, inputs: Mapping[str, Artifact]) -> Outcome:
     store.make_current(artifact)
     return Outcome(artifact, inputs, reused=True)
+
+
+def _record(recipe: Recipe, inputs: Mapping[str, Artifact], *, seconds: float) -> dict[str, Any]:
+    return {
+        "seed": recipe.train.seed,
+        "seconds": round(seconds, 1),
+        "libraries": {name: metadata.version(name) for name in RECORDED},
+        "inputs": {name: used.fingerprint for name, used in inputs.items()},
+    }
+
+
+def _previous(recipe: Recipe, asset: str, store: ArtifactStore) -> Artifact | None:
+    """Return the artifact that the asset was last materialised to, if it is whole."""
+    previous = store.current(recipe.name, asset)
+    return previous if previous is not None and previous.damage(store.digests) is None else None
+
+
+def _still_there(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:
+    """Look for the inputs again: they were chosen before the lock was held, which keeps a collection from them.
+
+    Raises:
+        StepFailed: one was removed in the meantime.
+    """
+    for name, used in inputs.items():
+        if not used.path.is_dir():
+            raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed meanwhile", "run again")
 
 
 def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: ArtifactStore) -> Artifact:
