@@ -6,12 +6,13 @@ The file's keys are LLaMA-Factory's; an unknown key is refused instead of ignore
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationError
 
 from finetune_assets.data.files.by_suffix import READERS
 from finetune_assets.data.files.json_file import read_json
+from finetune_assets.inputs.pydantic_errors import Location, explain
 from finetune_assets.inputs.regular_files import why_not_regular
 from finetune_assets.recipe import Section, did_you_mean
 from finetune_assets.reporting.errors import BadInput
@@ -60,7 +61,7 @@ def load_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
         try:
             entries[name] = Entry.model_validate(registry[name])
         except ValidationError as error:
-            problems += [f"{path}: {name}: {_explain(item)}" for item in error.errors()]
+            problems += [f"{path}: {name}: {explain(item, _suggestion)}" for item in error.errors()]
     if problems:
         raise BadInput("\n".join(problems))
     return entries
@@ -85,11 +86,6 @@ def data_file(folder: Path, entry: Entry) -> Path:
     return path
 
 
-def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
-        owner = Columns if item["loc"][0] == "columns" else Entry
-        return f"unknown key {where!r}{did_you_mean(str(item['loc'][-1]), owner.model_fields)}"
-    if item["type"] == "missing":
-        return f"{where} is missing"
-    return f"{where}: {item['msg'][0].lower()}{item['msg'][1:]}, not {repr(item['input'])[:80]}"
+def _suggestion(location: Location) -> str:
+    owner = Columns if location[0] == "columns" else Entry
+    return did_you_mean(str(location[-1]), owner.model_fields)

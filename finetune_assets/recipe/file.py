@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_assets.inputs.pydantic_errors import explain
 from finetune_assets.inputs.regular_files import why_not_regular
 from finetune_assets.recipe import DATASETS, Recipe, Section, did_you_mean, name_problem
 from finetune_assets.recipe.recipe import sections
@@ -86,7 +87,7 @@ def load_recipe(path: Path) -> Recipe:
             recipe = Recipe.model_validate({**document.value, "name": recipe_name(path)})
         except ValidationError as error:
             found = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
-            problems += [(document.line(item["loc"]), _explain(item)) for item in found[: SHOWN + 1]]
+            problems += [(document.line(item["loc"]), explain(item, _suggestion)) for item in found[: SHOWN + 1]]
     if problems or recipe is None:
         listed = sorted(set(problems))
         more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
@@ -138,40 +139,12 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
-def _explain(item: Any) -> str:
-    """One line for one pydantic error: the key, and what to write instead."""
-    where: Path_ = item["loc"]
-    key = _dotted(where)
-    kind = item["type"]
-    if kind == "extra_forbidden":
-        return f"{key}: unknown key{_hint_for(where)}"
-    if kind == "missing":
-        return f"{key}: missing"
-    if kind == "model_type" or kind == "model_attributes_type":
-        return f"{key}: must be a mapping of keys, not {_shown(item['input'])}"
-    message = item["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message else message
-    if kind == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, not {_shown(item['input'])}"
-
-
 def _short(text: str) -> str:
     """A problem in a few lines, whatever long value it quotes."""
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
 
 
-def _shown(value: Any) -> str:
-    """A value as Python writes it, of at most a line."""
-    shown = repr(value)
-    return shown if len(shown) < 80 else shown[:77] + "..."
-
-
-def _dotted(where: Path_) -> str:
-    return ".".join(str(part) for part in where)
-
-
-def _hint_for(where: Path_) -> str:
+def _suggestion(where: Path_) -> str:
     """The nearest key of the section, or the section that does have a key of this name."""
     word = str(where[-1])
     section = _model_at(where[:-1])

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from finetune_assets.inputs.pydantic_errors import cause, dotted
 from finetune_assets.inputs.regular_files import open_regular
 
 MANIFEST = "manifest.json"
@@ -258,12 +259,11 @@ def _inconsistent(manifest: Manifest) -> str | None:
 
 def _first(error: ValidationError, manifest_key: str | None) -> str:
     """`no created` for what is missing or altogether another thing, else where it is and what is wrong with it."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = [*([manifest_key] if manifest_key else []), *(str(key) for key in found["loc"] if key != "[key]")]
-    if len(place) == 1 or found["type"] == "missing":
-        return f"no {'.'.join(place)}"
-    message = found["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}" if place else message
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = dotted((*([manifest_key] if manifest_key else []), *first["loc"]))
+    if first["type"] == "missing" or (key and "." not in key):
+        return f"no {key}"
+    return f"{key}: {cause(first)}" if key else cause(first)
 
 
 def _refused(text: str) -> float:

@@ -184,9 +184,9 @@ def test_a_mapping_that_names_no_column_says_which_there_are(data: Data):
         ({"fact": {"file_name": "facts.json"}}, "no data set 'facts'; did you mean 'fact'?"),
         ({"facts": {"file_name": "nope.json"}}, "nope.json: no such file"),
         ({"facts": {"file_name": "../../secret.json"}}, "leaves the data folder"),
-        ({"facts": {"file_name": "facts.json", "colums": {}}}, "unknown key 'colums'; did you mean 'columns'?"),
+        ({"facts": {"file_name": "facts.json", "colums": {}}}, "facts: colums: unknown key; did you mean 'columns'?"),
         ({"facts": {"file_name": "facts.json", "formatting": "alpacca"}}, "formatting"),
-        ({"facts": {}}, "file_name is missing"),
+        ({"facts": {}}, "facts: file_name: missing"),
         ([], "must be an object"),
     ],
 )
