@@ -91,7 +91,7 @@ def _make(
     is_temporary = source is None and full not in inputs.types
     if source is None:
         source = inputs.file(full)
-        progress(message(f"converting to GGUF ({full))"})
+        progress(message(f"converting to GGUF ({full})"))
         convert(
             inputs.merged, source, full, inputs.cache,
             name=inputs.name, about=inputs.about, trust_remote_code=inputs.trust_remote_code,
@@ -99,7 +99,7 @@ def _make(
     importance = _importance(inputs, types, source)
     digests: dict[str, str] = {}
     for number, kind in enumerate(types, 1):
-        progress(message(f"making {kind} ({number} of {len(types)))"})
+        progress(message(f"making {kind} ({number} of {len(types)})"))
         if inputs.file(kind) != source:
             make_types(source, [kind], inputs.out, inputs.name, importance)
         digests[kind] = digest_of_file(inputs.file(kind))

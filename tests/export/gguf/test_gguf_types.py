@@ -15,7 +15,7 @@ from finetune_assets.export.parity.limits import MAX_KL
 from finetune_assets.models.formats.gguf import TENSOR_TYPES, read_head
 from finetune_assets.recipe import GgufSection
 from finetune_assets.recipe.gguf_types import TYPES, UNQUANTISED, GgufType, lossless_type
-from tests.support.shapes import SHAPES, importance, write
+from tests.support.records.shapes import SHAPES, importance, write
 
 SHAPE = SHAPES["one layer"]
 pytestmark = pytest.mark.parametrize("row", TYPES.values(), ids=TYPES)
