@@ -11,6 +11,7 @@ from finetune_assets.export.ollama import served_checks as ollama_checks
 from finetune_assets.export.ollama.behaviour import Behaviour, behaviour
 from finetune_assets.export.ollama.expected_answer import Expected
 from finetune_assets.export.ollama.modelfile import OllamaModel
+from finetune_assets.export.ollama.served_checks import Check
 from finetune_assets.export.ollama.server import upload as ollama_upload
 from finetune_assets.export.ollama.server.api import answers, digests, listed, show
 from finetune_assets.reporting.errors import StepFailed
@@ -59,60 +60,79 @@ def create(
     Raises:
         StepFailed: the server fails, or serves something else than was asked for; what it served before stays.
     """
-    import httpx
-    from ollama import Client, RequestError, ResponseError
-
-    def say(text: str) -> None:
-        progress(message(text))
+    from ollama import Client
 
     base = models[0].base
     client = Client(host=host, timeout=PATIENCE, trust_env=False)
-    behaviours: dict[str, Behaviour] = {}
     staging = {model.name: f"{base}:{STAGING}-{model.name.partition(':')[2]}" for model in models}
     moved: list[str] = []
     with _swept_at_the_end(client, host, listed(f"{base}:{STAGING}-")):
-        try:
+        with _explained(host, base, moved):
             before = digests(host)
-            for model in models:
-                ollama_upload.send(host, model.gguf, model.sha256, progress)
-                say(f"creating {model.name}")
-                _create(client, staging[model.name], model)
-                say(f"checking what {model.name} serves")
-                name, reply = staging[model.name], expected[model.name]
-                version, shown = answers(host) or "of unknown version", show(host, name)
-                weights = ollama_checks.weights(host, version, name, shown, model)
-                checks = ollama_checks.written(shown, model, weights)
-                if all(check.ok for check in checks):
-                    found = behaviour(host, version, name, model, reply)
-                    behaviours[model.name] = found
-                    checks = ollama_checks.answered(client, name, reply, found, keep_alive=0)
-                if failed := [f"{check.name}: {check.found}" for check in checks if not check.ok]:
-                    raise StepFailed(
-                        f"the Ollama server at {host} does not serve {model.name} as it was made: {'; '.join(failed)}",
-                        "what it served before is unchanged; its log may say more",
-                    )
-            for model in models:
-                client.copy(staging[model.name], model.name)
-                moved.append(model.name)
+            behaviours = {
+                model.name: _stage(client, host, staging[model.name], model, expected[model.name], progress)
+                for model in models
+            }
+            for name, staged in staging.items():
+                client.copy(staged, name)
+                moved.append(name)
             after = digests(host)
-        except (ResponseError, RequestError) as error:
-            raise StepFailed(
-                f"the Ollama server at {host} refused {base}: {error}",
-                f"{_state(moved)}; put its trouble right (its log says more), and run again",
-            ) from error
-        except (httpx.HTTPError, OSError, ValueError) as error:
-            raise StepFailed(
-                f"the Ollama server at {host} was lost while making {base}: {error or type(error).__name__}",
-                f"{_state(moved)}; see that it is running and has room on its disk, and run again",
-            ) from error
-        for name, under in staging.items():
-            if listed(name) not in after or after[listed(name)] != after.get(listed(under)):
+        for name, staged in staging.items():
+            if listed(name) not in after or after[listed(name)] != after.get(listed(staged)):
                 raise StepFailed(f"the Ollama server at {host} did not put {name} in place", "its log says more")
-        for name, old in (retired or {}).items():
-            if after.get(listed(name)) == old:
-                with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
-                    client.delete(name)
+        _remove(client, [name for name, digest in (retired or {}).items() if after.get(listed(name)) == digest])
     return {name: Made(after[listed(name)], before.get(listed(name)), behaviours[name]) for name in staging}
+
+
+def _stage(client: Client, host: str, name: str, model: OllamaModel, reply: Expected, progress: Progress) -> Behaviour:
+    """Create a model under a staging name, and return how the server serves it.
+
+    Raises:
+        StepFailed: the server serves something else than was asked for.
+    """
+    ollama_upload.send(host, model.gguf, model.sha256, progress)
+    progress(message(f"creating {model.name}"))
+    _create(client, name, model)
+    progress(message(f"checking what {model.name} serves"))
+    version, shown = answers(host) or "of unknown version", show(host, name)
+    checks = ollama_checks.written(shown, model, ollama_checks.weights(host, version, name, shown, model))
+    _require(checks, host, model.name)
+    served = behaviour(host, version, name, model, reply)
+    _require(ollama_checks.answered(client, name, reply, served, keep_alive=0), host, model.name)
+    return served
+
+
+def _require(checks: Sequence[Check], host: str, name: str) -> None:
+    """Raise StepFailed if a check failed."""
+    if failed := [f"{check.name}: {check.found}" for check in checks if not check.ok]:
+        raise StepFailed(
+            f"the Ollama server at {host} does not serve {name} as it was made: {'; '.join(failed)}",
+            "what it served before is unchanged; its log may say more",
+        )
+
+
+@contextlib.contextmanager
+def _explained(host: str, base: str, moved: Sequence[str]) -> Iterator[None]:
+    """Turn errors of the server and of the connection into StepFailed.
+
+    Args:
+        moved: names that serve the new models by then.
+    """
+    import httpx
+    from ollama import RequestError, ResponseError
+
+    try:
+        yield
+    except (ResponseError, RequestError) as error:
+        raise StepFailed(
+            f"the Ollama server at {host} refused {base}: {error}",
+            f"{_state(moved)}; put its trouble right (its log says more), and run again",
+        ) from error
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise StepFailed(
+            f"the Ollama server at {host} was lost while making {base}: {error or type(error).__name__}",
+            f"{_state(moved)}; see that it is running and has room on its disk, and run again",
+        ) from error
 
 
 def _state(moved: Sequence[str]) -> str:
@@ -133,6 +153,16 @@ def _create(client: Client, name: str, model: OllamaModel) -> None:
         stream=True,
     ):
         pass
+
+
+def _remove(client: Client, names: Sequence[str]) -> None:
+    """Delete models, as far as the server lets us."""
+    import httpx
+    from ollama import ResponseError
+
+    for name in names:
+        with contextlib.suppress(ResponseError, httpx.HTTPError, OSError):
+            client.delete(name)
 
 
 @contextlib.contextmanager
