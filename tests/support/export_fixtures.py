@@ -123,9 +123,14 @@ def opinionated(factory: Any) -> Path:
     folder = factory.getbasetemp() / "opinionated"
     if not folder.is_dir():
         shape = {"hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.08, "rope_theta": 5000.0}
-        tiny_base(folder, tied=False, **shape)
-        tiny_tokenizer(folder)
-        as_merged(folder, CHAT)
+        talkative(tiny_base(folder, tied=False, **shape))
+    return folder
+
+
+def talkative(folder: Path) -> Path:
+    """Give a model's folder what a merged model has besides its weights."""
+    tiny_tokenizer(folder)
+    as_merged(folder, CHAT)
     return folder
 
 
@@ -136,11 +141,17 @@ def as_merged(folder: Path, template: str) -> None:
     (folder / "chat.json").write_text(json.dumps(chat), encoding="utf-8")
 
 
+def converted(model: Path, file: Path, config: Any) -> Path:
+    """Convert a model to a GGUF file in float32, and return the file."""
+    convert(model, file, "f32", converter_cache(config), name="tiny")
+    return file
+
+
 def gguf_files(merged: Path, types: Sequence[str], config: Any) -> dict[str, Path]:
     """A merged model's GGUF files beside it, made once: type -> path."""
     folder = merged.with_name(f"{merged.name}-gguf")
     if not folder.is_dir():
-        convert(merged, folder / "tiny-f32.gguf", "f32", converter_cache(config), name="tiny")
+        converted(merged, folder / "tiny-f32.gguf", config)
     missing = [kind for kind in types if not (folder / f"tiny-{kind}.gguf").is_file()]
     make_types(folder / "tiny-f32.gguf", missing, folder, "tiny")
     return {kind: folder / f"tiny-{kind}.gguf" for kind in types}

@@ -26,13 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def gguf(model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    converter.convert(model, file, "f32", converter_cache(request.config), name="tiny")
-    return file
-
-
 def test_metadata_and_weights(gguf: Path, model: Path) -> None:
     import numpy as np
     from safetensors.numpy import load_file

@@ -53,13 +53,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def gguf(model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
-    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    converter.convert(model, file, "f32", converter_cache(request.config), name="tiny")
-    return file
-
-
 def rewritten(source: Path, target: Path) -> Path:
     write_in_form(source, read_head(source), target)
     return target

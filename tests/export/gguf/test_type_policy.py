@@ -25,7 +25,7 @@ from finetune_assets.models.formats.gguf import STRING, TENSOR_TYPES, UINT32, He
 from finetune_assets.recipe import GGUF_TYPES
 from finetune_assets.recipe.gguf_types import FILE_TYPES
 from finetune_assets.reporting.errors import StepFailed
-from tests.support.export_fixtures import converter_cache, tiny_base, tiny_tokenizer
+from tests.support.export_fixtures import converted, converter_cache, tiny_base, tiny_tokenizer
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "fixtures/type_policy.json").read_text())
 MIXED = [kind for kind in GGUF_TYPES if kind not in ("f32", "f16", "bf16")]
@@ -256,7 +256,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     root = tmp_path_factory.mktemp("tiny")
     changes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.1, "num_hidden_layers": 3}
     tiny_tokenizer(tiny_base(root / "model", tied=False, **changes))
-    converter.convert(root / "model", root / "tiny.gguf", "f32", converter_cache(request.config), name="tiny")
+    converted(root / "model", root / "tiny.gguf", request.config)
     return root / "tiny.gguf"
 
 
