@@ -49,14 +49,14 @@ def quieten() -> None:
 
 def train(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from finetune_assets.export.preflight.prompts import rehearse
-    from finetune_assets.training.stages import sft
+    from finetune_assets.training.stages.by_name import STAGES
 
     section, model = TrainSection.model_validate(job["train"]), ModelSection.model_validate(job["model"])
     base, rows = Path(job["base"]), Path(job["rows"])
     if job["vocabulary"]:
         progress(message("asking llama.cpp whether it reads prompts as training does"))
         rehearse(Path(job["vocabulary"]), base, rows, model)
-    return sft.train(
+    return STAGES[section.stage](
         base,
         rows,
         Path(job["validation"]) if job["validation"] else None,

@@ -30,7 +30,7 @@ def test_what_was_trained_is_what_is_saved_and_merged(tmp_path: Path, cpu: Devic
     out.mkdir()
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     trained: list[Any] = []
-    save = sft._save
+    save = sft.save_adapter
     ids = torch.arange(5, 40).unsqueeze(0)
 
     def says(model: Any) -> Any:
@@ -39,7 +39,7 @@ def test_what_was_trained_is_what_is_saved_and_merged(tmp_path: Path, cpu: Devic
 
     with pytest.MonkeyPatch.context() as patch:
         # what the model in training says in its last moment
-        patch.setattr(sft, "_save", lambda network, *rest: (trained.append(says(network)), save(network, *rest)))
+        patch.setattr(sft, "save_adapter", lambda network, *rest: (trained.append(says(network)), save(network, *rest)))
         section = {
             "pissa_init": True,
             "lora_rank": 4,

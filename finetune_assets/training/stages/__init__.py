@@ -1,1 +1,1 @@
-"""Training stages, one module each."""
+"""Training stages, one module each. Front door: `by_name`."""

@@ -1,0 +1,1 @@
+"""Training methods, one module each: which weights are trained. Front door: `by_name`."""

@@ -1,0 +1,18 @@
+"""Memory that training takes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+from finetune_assets.machine.device import Device
+
+
+def peak_memory_gib(device: Device) -> float:
+    """The most memory taken at any time: the accelerator's on cuda, this process's main memory elsewhere."""
+    if device.kind == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
