@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune_assets.chat.named_templates import TEMPLATES
 from finetune_assets.chat.template_limits import rendering
 from finetune_assets.recipe import did_you_mean
 from finetune_assets.reporting.errors import BadInput
@@ -22,34 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-SMOLLM2 = (
-    "{% if messages and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
-    "{% endif %}" + CHATML
-)
-
-LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-
-# Name -> the Jinja text, and the tokens that must be single entries of the vocabulary for it to make sense.
-TEMPLATES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "chatml": (CHATML, ("<|im_start|>", "<|im_end|>")),
-    "smollm2": (SMOLLM2, ("<|im_start|>", "<|im_end|>")),
-    "llama3": (LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-}
 
 
 @dataclass(frozen=True)

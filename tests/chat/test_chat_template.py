@@ -6,11 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_assets.chat.named_templates import CHATML, LLAMA3, SMOLLM2
 from finetune_assets.chat.template import (
-    CHATML,
     IGNORED,
-    LLAMA3,
-    SMOLLM2,
     chat_settings,
     encode_prompt,
     encode_row,

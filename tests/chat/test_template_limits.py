@@ -15,7 +15,8 @@ import pytest
 
 from finetune_assets.assets.lora_adapter import LORA_ADAPTER
 from finetune_assets.chat import template_limits
-from finetune_assets.chat.template import CHATML, LLAMA3, SMOLLM2, encode_prompt
+from finetune_assets.chat.named_templates import CHATML, LLAMA3, SMOLLM2
+from finetune_assets.chat.template import encode_prompt
 from finetune_assets.chat.template_limits import prove, prove_folder
 from finetune_assets.lineage.materialise import Progress, Step, materialise
 from finetune_assets.recipe.file import load_recipe

@@ -58,7 +58,7 @@ def tiny_base(folder: Path, template: str | None = None) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from finetune_assets.chat.template import CHATML
+    from finetune_assets.chat.named_templates import CHATML
 
     tokenizer = tiny_tokenizer(template or CHATML)
     torch.manual_seed(0)

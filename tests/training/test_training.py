@@ -313,8 +313,8 @@ def test_precision_on_a_gpu(
 
 def test_a_date_in_prompts_goes_with_the_model(base: Path, tmp_path: Path) -> None:
     """Whoever serves it, on whatever day, makes the prompts that it was trained with."""
+    from finetune_assets.chat.named_templates import CHATML
     from finetune_assets.chat.pinning import pinned
-    from finetune_assets.chat.template import CHATML
 
     dated, out = shutil.copytree(base, tmp_path / "base"), tmp_path / "out"
     template = "{{ strftime_now('%d %B %Y') }}" + CHATML
