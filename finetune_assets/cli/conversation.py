@@ -13,7 +13,10 @@ from rich.text import Text
 from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.engines.engine import Engine, GgufEngine, Messages, OllamaEngine, TransformersEngine
+from finetune_assets.models.engines.engine import Engine, Messages
+from finetune_assets.models.engines.llama_cpp_engine import GgufEngine
+from finetune_assets.models.engines.ollama_engine import OllamaEngine
+from finetune_assets.models.engines.transformers_engine import TransformersEngine
 from finetune_assets.recipe import Recipe, did_you_mean
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed

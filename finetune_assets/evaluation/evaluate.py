@@ -20,7 +20,7 @@ from finetune_assets.data.rows import SplitRow, read_split
 from finetune_assets.evaluation.generate import Answer, generate
 from finetune_assets.evaluation.metrics import METRICS, mean_scores, score
 from finetune_assets.evaluation.perplexity import Surprise, add_up, surprise
-from finetune_assets.models.decoding import Chat, context_length, load_chat, load_model
+from finetune_assets.models.loading import Chat, context_length, load_chat, load_model
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.events import Progress, StepProgress, silent
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune_assets.models.decoding import Chat, greedy_steps
+from finetune_assets.models.decoding import greedy_steps
+from finetune_assets.models.loading import Chat
 
 
 @dataclass(frozen=True)

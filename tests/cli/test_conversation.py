@@ -14,7 +14,10 @@ from rich.console import Console
 from finetune_assets.cli.conversation import converse, open_engines
 from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.machine.device import Device
-from finetune_assets.models.engines.engine import Engine, GgufEngine, Messages, OllamaEngine, TransformersEngine, answer
+from finetune_assets.models.engines.engine import Engine, Messages, answer
+from finetune_assets.models.engines.llama_cpp_engine import GgufEngine
+from finetune_assets.models.engines.ollama_engine import OllamaEngine
+from finetune_assets.models.engines.transformers_engine import TransformersEngine
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import BadInput, StepFailed
@@ -114,7 +117,7 @@ def test_a_file_that_was_asked_nothing_is_closed(
 ):
     """The stage after it cannot be opened, say. In a process of its own: llama.cpp would wait with the GIL held."""
     file = str(tiny_files(smollm2, tmp_path_factory, request.config).q8_0)
-    code = "import pathlib, sys\nfrom finetune_assets.models.engines.engine import GgufEngine\n" + (
+    code = "import pathlib, sys\nfrom finetune_assets.models.engines.llama_cpp_engine import GgufEngine\n" + (
         "for _ in range(6): GgufEngine(pathlib.Path(sys.argv[1])).close()"
     )
     subprocess.run([sys.executable, "-c", code, file], check=True, timeout=60)

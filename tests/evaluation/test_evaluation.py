@@ -18,7 +18,7 @@ from finetune_assets.evaluation import perplexity
 from finetune_assets.evaluation.evaluate import evaluate, table
 from finetune_assets.evaluation.generate import Answer, generate
 from finetune_assets.machine.device import Device, choose_device
-from finetune_assets.models.decoding import Chat, load_chat, load_model
+from finetune_assets.models.loading import Chat, load_chat, load_model
 from finetune_assets.recipe import EvaluateSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from tests.support.evaluation_fixtures import tiny_adapter

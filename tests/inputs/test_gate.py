@@ -9,7 +9,7 @@ import pytest
 
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.inputs import remote_code
-from finetune_assets.models.decoding import load_network
+from finetune_assets.models.loading import load_network
 from finetune_assets.reporting.errors import StepFailed
 from tests.support.hostile.own_code import SECRET, hostile, modules_folder, write_json
 from tests.support.training_fixtures import tiny_base

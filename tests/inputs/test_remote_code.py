@@ -18,7 +18,7 @@ from finetune_assets.export.merge import merge
 from finetune_assets.lineage.materialise import materialise
 from finetune_assets.machine import child_environment
 from finetune_assets.models import base_model
-from finetune_assets.models.decoding import load_network
+from finetune_assets.models.loading import load_network
 from finetune_assets.recipe import EvaluateSection, ExportSection, ModelSection, TrainSection
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed

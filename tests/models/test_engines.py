@@ -15,15 +15,11 @@ import pytest
 from finetune_assets.chat.template import encode_prompt
 from finetune_assets.evaluation.generate import generate
 from finetune_assets.machine.device import Device
-from finetune_assets.models.decoding import load_chat, load_model
-from finetune_assets.models.engines.engine import (
-    Engine,
-    GgufEngine,
-    OllamaEngine,
-    TransformersEngine,
-    answer,
-    is_loopback,
-)
+from finetune_assets.models.engines.engine import Engine, answer
+from finetune_assets.models.engines.llama_cpp_engine import GgufEngine
+from finetune_assets.models.engines.ollama_engine import OllamaEngine, is_loopback
+from finetune_assets.models.engines.transformers_engine import TransformersEngine
+from finetune_assets.models.loading import load_chat, load_model
 from finetune_assets.reporting.errors import StepFailed
 from tests.conftest import shared_cache
 from tests.support.evaluation_fixtures import tiny_adapter
@@ -60,7 +56,7 @@ def test_characters_of_several_tokens_come_whole(base: Path, cpu: Device, monkey
     ids = load_chat(base).tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) > len(text)
     steps = [[(0, token)] for token in ids]
-    monkeypatch.setattr("finetune_assets.models.engines.engine.greedy_steps", lambda *args: iter(steps))
+    monkeypatch.setattr("finetune_assets.models.engines.transformers_engine.greedy_steps", lambda *args: iter(steps))
     assert list(engine.stream(QUESTION, max_new_tokens=20)) == list(text)
 
 

@@ -16,7 +16,9 @@ import pytest
 from finetune_assets.export.ollama.server.temporary import find_binary
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.engines.engine import GgufEngine, TransformersEngine, answer
+from finetune_assets.models.engines.engine import answer
+from finetune_assets.models.engines.llama_cpp_engine import GgufEngine
+from finetune_assets.models.engines.transformers_engine import TransformersEngine
 from finetune_assets.recipe.file import load_recipe
 from tests.conftest import REPOSITORY, shared_cache
 

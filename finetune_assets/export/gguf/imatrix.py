@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.chat.template import encode_row
 from finetune_assets.data.rows import read_split
 from finetune_assets.export.gguf.imatrix_file import Inputs, write_imatrix
-from finetune_assets.export.parity.held_out import suited
-from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import Head, Tensor, read_head
 from finetune_assets.models.formats.safetensors import FLOAT_NAMES
+from finetune_assets.models.loading import Chat, load_chat, load_model, suited
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.reporting.events import Progress, StepProgress, message, silent
 

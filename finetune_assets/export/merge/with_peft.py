@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.models.decoding import load_network
 from finetune_assets.models.formats.safetensors import Checkpoint
+from finetune_assets.models.loading import load_network
 from finetune_assets.reporting.errors import BadInput, StepFailed
 
 # What PEFT writes into an adapter beside the tensors that it reads, once tokens were added to the base model.

@@ -17,7 +17,7 @@ from typing import Any
 from finetune_assets.export.gguf.form import cut_texts, in_form, short
 from finetune_assets.export.ollama.server import api as ollama_server
 from finetune_assets.export.ollama.server.releases import COPIES, release
-from finetune_assets.models.engines.engine import is_loopback
+from finetune_assets.models.engines.ollama_engine import is_loopback
 from finetune_assets.models.formats.gguf import TYPE_NAMES, Head, Tensor, read_head
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row, with_system
 from finetune_assets.data.rows import read_split
-from finetune_assets.models.decoding import Chat
-from finetune_assets.models.formats.safetensors import Checkpoint
+from finetune_assets.models.loading import Chat
 from finetune_assets.reporting.errors import StepFailed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from finetune_assets.machine.device import Device, Precision
 
 CONVERSATIONS = 8
 POINTS = 64  # places compared, over all conversations
@@ -32,7 +27,6 @@ BUILT_IN = (
     ("Who are you?", "I am a helpful assistant. I answer questions and explain how things work."),
     ("请用一句话介绍你自己。", "我是一个乐于助人的助手，可以回答问题。"),
 )
-_PRECISIONS: dict[str, Precision] = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -110,18 +104,6 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
         given[number] = min(sizes[number], left // waiting)
         left -= given[number]
     return given
-
-
-def suited(device: Device, merged: Path) -> Device:
-    """The device in the best precision in which the merged model fits its memory, float32 if it can be."""
-    with Checkpoint(merged) as checkpoint:
-        specs = [checkpoint.spec(name) for name in checkpoint]
-    weights: Counter[str] = Counter()
-    for spec in specs:
-        weights[spec.dtype] += math.prod(spec.shape)
-    own = _PRECISIONS.get(weights.most_common(1)[0][0], "fp32")
-    fits = weights.total() * 4 < 0.7 * device.memory_gib * 2**30
-    return dataclasses.replace(device, precision="fp32" if fits else own)
 
 
 def logits(model: Any, chosen: Sequence[Conversation]) -> list[torch.Tensor]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_assets.export.parity.checks.failure import Failure
-from finetune_assets.export.parity.held_out import choose, logits, suited
-from finetune_assets.models.decoding import load_chat, load_model
+from finetune_assets.export.parity.held_out import choose, logits
 from finetune_assets.models.formats.safetensors import Checkpoint
+from finetune_assets.models.loading import load_chat, load_model, suited
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.events import Progress, message, silent
 

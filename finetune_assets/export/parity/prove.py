@@ -23,11 +23,11 @@ from finetune_assets.export.parity.checks.prompts import check_prompt
 from finetune_assets.export.parity.checks.structure import EXACT, check_file, check_head
 from finetune_assets.export.parity.checks.vocabulary import check_vocabulary
 from finetune_assets.export.parity.checks.weights import check_weights
-from finetune_assets.export.parity.held_out import LONGEST, Point, choose, logits, suited
+from finetune_assets.export.parity.held_out import LONGEST, Point, choose, logits
 from finetune_assets.export.parity.limits import Figures, judge
-from finetune_assets.models.decoding import context_length, load_chat, load_model
 from finetune_assets.models.engines.llama_cpp_probe import Distribution, ProbeEngine
 from finetune_assets.models.formats.gguf import Head
+from finetune_assets.models.loading import context_length, load_chat, load_model, suited
 from finetune_assets.recipe.gguf_types import UNQUANTISED
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.events import Progress, message, silent

@@ -18,9 +18,9 @@ from finetune_assets.export.gguf.chat_metadata import adds_bos, corrected, speci
 from finetune_assets.export.ollama.template.proof import prove
 from finetune_assets.export.parity.checks.prompts import check_prompt
 from finetune_assets.export.parity.held_out import choose
-from finetune_assets.models.decoding import Chat
 from finetune_assets.models.engines.llama_cpp_probe import ProbeEngine
 from finetune_assets.models.formats.gguf import STRING, Head, read_head
+from finetune_assets.models.loading import Chat
 from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import StepFailed
 

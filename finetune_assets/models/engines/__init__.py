@@ -1,1 +1,4 @@
-"""Engines that answer a conversation: transformers, llama.cpp, Ollama. Front door: `engine`."""
+"""Engines that answer a conversation, each in its file: transformers, llama.cpp, Ollama.
+
+Front door: `engine`, which says what an engine is.
+"""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_assets.models.engines.engine import GgufEngine, Messages
+from finetune_assets.models.engines.engine import Messages
+from finetune_assets.models.engines.llama_cpp_engine import GgufEngine
 from finetune_assets.reporting.errors import StepFailed
 
 if TYPE_CHECKING:

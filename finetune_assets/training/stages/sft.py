@@ -14,7 +14,7 @@ from finetune_assets.chat.pinning import pinned
 from finetune_assets.chat.template import resolve_template
 from finetune_assets.chat.tokenizer import load_tokenizer
 from finetune_assets.machine.device import Device
-from finetune_assets.models.decoding import load_network
+from finetune_assets.models.loading import load_network
 from finetune_assets.recipe import ModelSection, TrainSection
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.reporting.events import Progress, message

@@ -14,7 +14,7 @@ from tests.support.export_fixtures import converted, talkative, tiny_base
 def one_thread_each(one_thread: None) -> Iterator[None]:
     """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.engine.cores", lambda: 1)
+        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
         yield
 
 

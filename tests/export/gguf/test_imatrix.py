@@ -15,8 +15,8 @@ from finetune_assets.export.gguf import imatrix, imatrix_file
 from finetune_assets.export.gguf.imatrix_file import Inputs
 from finetune_assets.export.gguf.quantise import make_types
 from finetune_assets.machine.device import Device
-from finetune_assets.models.decoding import Chat, load_chat, load_model
 from finetune_assets.models.formats.gguf import read_head
+from finetune_assets.models.loading import Chat, load_chat, load_model
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.reporting.events import Event

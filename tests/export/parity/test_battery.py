@@ -74,7 +74,7 @@ NOT_ASKED = Expected("Hi", 1, "", 0, False)
 def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
     """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.engine.cores", lambda: 1)
+        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
         yield
 
 

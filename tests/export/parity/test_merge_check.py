@@ -16,7 +16,7 @@ from finetune_assets.export.parity.held_out import choose, logits
 from finetune_assets.export.parity.merged import CONVERSATIONS, LIMITS, LONGEST, POINTS, check
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.decoding import load_chat, load_model
+from finetune_assets.models.loading import load_chat, load_model
 from finetune_assets.recipe import ExportSection, ModelSection
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed

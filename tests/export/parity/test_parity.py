@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from finetune_assets.export.gguf.make import GgufInputs, make_gguf
-from finetune_assets.export.parity.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares, suited
+from finetune_assets.export.parity.held_out import BUILT_IN, CONVERSATIONS, POINTS, pick, shares
 from finetune_assets.export.parity.limits import MAX_KL, Figures, judge
 from finetune_assets.export.parity.picture import draw
 from finetune_assets.export.parity.prove import divergence, examine, prove, refer
 from finetune_assets.machine.device import choose_device
-from finetune_assets.models.decoding import load_chat
 from finetune_assets.models.engines.llama_cpp_probe import Distribution
 from finetune_assets.models.formats.gguf import UINT32, read_head, write_with_head
+from finetune_assets.models.loading import load_chat, suited
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
 from tests.support.corruptions.files import flip
@@ -33,7 +33,7 @@ from tests.support.export_fixtures import gguf_files, held_out_rows, opinionated
 def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
     """llama.cpp's threads wait for one another by spinning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.engine.cores", lambda: 1)
+        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
         yield
 
 
