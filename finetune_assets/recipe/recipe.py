@@ -26,7 +26,7 @@ LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is
 class Recipe(Section):
     """One lineage: what to learn from, what to start with, how to train, score, export and serve it."""
 
-    name: str = Field(description="The file's name without .yaml; the asset group and the job are named after it")
+    name: str = Field(description="Name of the recipe file without .yaml; names the asset group and the job.")
     dataset: DatasetSection
     model: ModelSection
     train: TrainSection = Field(default_factory=TrainSection)

@@ -15,19 +15,32 @@ class DatasetSection(Section):
     """Which registered data sets to learn from, and how to split them."""
 
     dataset: Annotated[
-        Names, Field(min_length=1, max_length=1000, description="Names in dataset_info.json (a list, or 'a,b')")
+        Names,
+        Field(min_length=1, max_length=1000, description="Names of data sets in dataset_info.json: a list, or 'a,b'."),
     ]
     dataset_dir: str = Field(
-        default="data", max_length=LONGEST_PATH, description="Folder of dataset_info.json, relative to the project"
+        default="data",
+        max_length=LONGEST_PATH,
+        description="Folder that holds dataset_info.json, relative to the project.",
     )
-    max_samples: int | None = Field(default=None, ge=1, description="At most this many rows of each data set")
+    max_samples: int | None = Field(
+        default=None, ge=1, description="Most rows taken from each data set; without it, all. Unit: rows."
+    )
     val_size: float = Field(
-        default=0.0, ge=0, description="Rows watched during training: a share below 1, else a count"
+        default=0.0,
+        ge=0,
+        description="Size of the validation split, which measures the loss during training. "
+        "Unit: share of each data set below 1, else rows.",
     )
     test_size: float = Field(
-        default=0.05, ge=0, description="Rows never trained on, for the scores: a share below 1, else a count"
+        default=0.05,
+        ge=0,
+        description="Size of the test split, which scores the model and is never trained on. "
+        "Unit: share of each data set below 1, else rows.",
     )
-    seed: int = Field(default=42, description="Decides which rows are held out")
+    seed: int = Field(
+        default=42, description="Seed that decides which rows are sampled and which are held out. No unit."
+    )
 
     @field_validator("dataset")
     @classmethod

@@ -11,7 +11,7 @@ class EvaluateSection(Section):
     """How base and tuned model are scored on the test rows."""
 
     max_samples: int | None = Field(
-        default=None, ge=1, description="At most this many test rows get an answer generated"
+        default=None, ge=1, description="Most test rows for which answers are generated; without it, all. Unit: rows."
     )
-    max_new_tokens: int = Field(default=128, ge=1)
-    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1, description="Length at which a generated answer ends. Unit: tokens.")
+    per_device_eval_batch_size: int = Field(default=8, ge=1, description="Batch size on each device. Unit: rows.")

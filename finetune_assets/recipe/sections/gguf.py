@@ -25,16 +25,18 @@ def _no_test_rows(value: object) -> object:
 class GgufSection(Section):
     """Which GGUF files to make."""
 
-    types: Names = Field(default=["f16", "q8_0"], min_length=1, description="GGUF types, each its own file")
+    types: Names = Field(
+        default=["f16", "q8_0"], min_length=1, description="GGUF types to write, each to its own file."
+    )
     max_kl: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Type: how far its next-token distributions may be from the merged model's (mean KL divergence, "
-        "nats per token) before the step fails; types that are not named have limits of their own",
+        description="Limit of the mean KL divergence from the merged model, for each type; the step fails above it. "
+        "Types without an entry have default limits. Unit: nats per token.",
     )
     imatrix: Annotated[Literal["train", "validation"] | None, BeforeValidator(_no_test_rows)] = Field(
         default=None,
-        description="Rows by which the model shows which weights matter: the types from q6_k down are rounded by that "
-        "(llama.cpp's importance matrix); left out: all weights matter alike",
+        description="Split from which llama.cpp's importance matrix is computed, for the types from q6_k down; "
+        "without it, every weight counts the same.",
     )
 
     @field_validator("types", "max_kl")

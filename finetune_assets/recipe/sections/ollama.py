@@ -12,18 +12,33 @@ from finetune_assets.recipe.sections.section import Names, Section
 class OllamaSection(Section):
     """What the server is told about the model."""
 
-    name: str = Field(description="Model name on the server, without a tag")
+    name: str = Field(description="Name of the model in Ollama, without a tag.")
     type: str | None = Field(
-        default=None, description="The GGUF type that is served; the first of gguf.types if not given"
+        default=None, description="GGUF type that is served under the plain name; without it, the first of gguf.types."
     )
-    types: Names = Field(default=[], description="GGUF types that are served as well, each as name:TYPE")
-    system: str | None = Field(default=None, description="System prompt; model.default_system if not given")
-    num_ctx: int = Field(default=2048, ge=64, description="Context window, in tokens")
-    stop: Names = Field(default=[], description="Stop texts beside those of the chat template")
-    temperature: float | None = Field(default=None, ge=0)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
-    repeat_penalty: float | None = Field(default=None, gt=0)
+    types: Names = Field(default=[], description="More GGUF types to serve, each as name:TYPE.")
+    system: str | None = Field(
+        default=None, description="System prompt of the served model; without it, model.default_system."
+    )
+    num_ctx: int = Field(default=2048, ge=64, description="Context window. Unit: tokens.")
+    stop: Names = Field(default=[], description="Stop texts, in addition to those of the chat template.")
+    temperature: float | None = Field(
+        default=None, ge=0, description="Sampling temperature; without it, Ollama's default. No unit."
+    )
+    top_p: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Probability mass from which tokens are sampled; without it, Ollama's default. Unit: share.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of most likely tokens that are sampled from; without it, Ollama's default. Unit: tokens.",
+    )
+    repeat_penalty: float | None = Field(
+        default=None, gt=0, description="Penalty of repeated tokens; without it, Ollama's default. No unit."
+    )
 
     @field_validator("name")
     @classmethod

@@ -13,10 +13,16 @@ from finetune_assets.recipe.sections.section import Section
 class ScheduleSection(Section):
     """When the recipe runs by itself."""
 
-    on_change: bool = Field(default=False, description="Run when what the recipe reads has changed: the retrain sensor")
-    minimum_interval_seconds: int = Field(default=30, ge=1, description="How often the sensor looks")
-    cron: str | None = Field(default=None, description="Five fields, e.g. '0 3 * * *'; none: only when asked")
-    execution_timezone: str = Field(default="UTC", description="Of cron, e.g. Asia/Shanghai")
+    on_change: bool = Field(
+        default=False, description="Start a run when what the recipe reads has changed (the retrain sensor)."
+    )
+    minimum_interval_seconds: int = Field(
+        default=30, ge=1, description="Shortest time between two checks of the retrain sensor. Unit: seconds."
+    )
+    cron: str | None = Field(
+        default=None, description="Times of runs, as a cron expression of five fields; without it, no schedule."
+    )
+    execution_timezone: str = Field(default="UTC", description="Time zone of cron, by its IANA name.")
 
     @field_validator("cron")
     @classmethod

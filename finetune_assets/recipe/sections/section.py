@@ -25,7 +25,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """True and false are numbers to Python, and a mistake in a recipe."""
-        kinds = set(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        kinds = set(types_in(cls.model_fields[str(info.field_name)].annotation))
         given = value.values() if isinstance(value, dict) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):
             raise ValueError(f"must be a number, not {str(value).lower()}")
@@ -40,8 +40,8 @@ class Section(BaseModel):
         return value
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
-    """A type and the types inside it: int and None of `int | None`."""
+def types_in(annotation: Any) -> Iterator[Any]:
+    """Yield a type and the types inside it: int and None of `int | None`."""
     yield annotation
     for part in get_args(annotation):
-        yield from _kinds(part)
+        yield from types_in(part)
