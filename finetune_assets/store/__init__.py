@@ -1,4 +1,4 @@
 """Published artifacts: their manifests, digests and folders.
 
-It knows nothing of what an artifact means. Front door: `artifact_store`.
+The room does not know what an artifact means. Front door: `artifact_store`.
 """

@@ -1,4 +1,4 @@
-"""A published artifact, what it is made of, and what else can stand in its place."""
+"""The records of the store: a fingerprint, a published artifact, a foreign entry, and what a step built."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FINGERPRINT_LENGTH = 20  # hex digits: 80 bits, and short enough to read aloud
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What an artifact's identity is made of, in clear, and the digest of it."""
+    """The ingredients of an artifact's identity, and their digest."""
 
     ingredients: Mapping[str, Any]
 
@@ -37,7 +37,7 @@ class Artifact:
 
     @property
     def data_version(self) -> str:
-        """The content's version: equal content, equal version, whatever made it."""
+        """The version of the content: equal content has equal versions, whatever made it."""
         return self.manifest["data_version"]
 
     @property
@@ -46,25 +46,25 @@ class Artifact:
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """The artifacts that it was made of: asset -> fingerprint."""
+        """The artifacts that it was made from: asset -> fingerprint."""
         return self.manifest["inputs"]
 
     @property
     def created(self) -> str:
-        """When it was made, UTC, in ISO 8601: later sorts after earlier."""
+        """Time of publication, UTC, in ISO 8601: later sorts after earlier."""
         return self.manifest["created"]
 
     @property
     def size(self) -> int:
-        """Bytes of its files, as published."""
+        """Total bytes of its files, as published."""
         return sum(record["size"] for record in self.manifest["files"].values())
 
     def part_version(self, part: str) -> str:
-        """The data version of one named part (a split, a GGUF type)."""
+        """Return the data version of one named part (a split, a GGUF type)."""
         return self.manifest["parts"][part]
 
     def damage(self, digests: DigestCache) -> str | None:
-        """What is wrong with the files on disk, or None. Reads only what changed since its digest was taken."""
+        """Describe the first damaged file on disk, or return None. Reads only files that changed since their digest."""
         for name, record in self.manifest["files"].items():
             path = self.path / name
             try:
@@ -82,7 +82,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ForeignEntry:
-    """Something in an artifact's place that is none of ours: why, in words, and the inputs that it names, if any."""
+    """Something in an artifact's place that this release did not write: the reason, and the inputs that it names."""
 
     why: str
     inputs: Mapping[str, str] = field(default_factory=dict)
@@ -90,12 +90,12 @@ class ForeignEntry:
 
 @dataclass
 class Made:
-    """What a step says of what it put into its staging folder.
+    """What a step reports about the files in its staging folder.
 
     Args:
         metrics: JSON-able facts and figures for the manifest and the asset page.
-        parts: named parts of the artifact that downstream assets may depend on alone: part -> its files.
-        content: the files whose bytes are the data version; None: all of them.
+        parts: named parts that downstream assets may read without the rest: part -> its files.
+        content: the files whose bytes give the data version; None: all of them.
     """
 
     metrics: dict[str, Any]

@@ -1,8 +1,8 @@
-"""Published artifacts: folders that are whole or not there, each with a manifest of what made it.
+"""The store of published artifacts: folders that are whole or absent, each with a manifest.
 
-Layout: `<store>/<recipe>/<asset>/<fingerprint>/` with `manifest.json` inside; beside the artifacts of an asset lie
-`CURRENT` (the fingerprint last materialised), a lock file, and staging folders while something is being built. What is
-none of ours counts as missing and is never deleted: where its place is needed it is renamed to `set-aside-...`.
+Layout: `<store>/<recipe>/<asset>/<fingerprint>/` with `manifest.json` inside. Next to the artifacts of an asset are
+`CURRENT` (the fingerprint last materialised), a lock file, and staging folders during a build. A foreign entry counts
+as missing and is never deleted: it is renamed to `set-aside-...` when its place is needed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,19 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 CURRENT = "CURRENT"
-STAGING = ".staging-"  # folders of this prefix hold nothing that counts: whoever holds the asset's lock sweeps them
+STAGING = ".staging-"  # folders with this prefix are temporary: whoever holds the asset's lock may delete them
 LONGEST_POINTER = 100  # bytes
-VERBATIM = ("template", "system", "parameters", "modelfile", "samples")  # metrics that are served, or are data
+VERBATIM = (
+    "template",
+    "system",
+    "parameters",
+    "modelfile",
+    "samples",
+)  # metrics that are served, or are data: not masked
 
 
 class ArtifactStore:
-    """Artifacts of every recipe, below one folder."""
+    """The artifacts of every recipe, in one folder."""
 
     def __init__(self, root: Path, digests: DigestCache):
         self.root = root
@@ -47,63 +53,63 @@ class ArtifactStore:
         return self.root / recipe / asset
 
     def get(self, recipe: str, asset: str, fingerprint: str) -> Artifact | None:
-        """The artifact with this fingerprint, if it was published and its manifest can be understood."""
-        found = self._look(recipe, asset, fingerprint)
-        return found if isinstance(found, Artifact) else None
+        """Return the artifact with this fingerprint, if it was published and its manifest is valid."""
+        entry = self._look(recipe, asset, fingerprint)
+        return entry if isinstance(entry, Artifact) else None
 
     def foreign_entry(self, recipe: str, asset: str, name: str) -> ForeignEntry | None:
-        """What lies under this name without being an artifact of ours, if anything does."""
-        found = self._look(recipe, asset, name)
-        return found if isinstance(found, ForeignEntry) else None
+        """Return what has this name without being a valid artifact, if anything does."""
+        entry = self._look(recipe, asset, name)
+        return entry if isinstance(entry, ForeignEntry) else None
 
     def _look(self, recipe: str, asset: str, name: str) -> Artifact | ForeignEntry | None:
         path = self.folder(recipe, asset) / name
         try:
             if not path.is_dir():
                 return ForeignEntry("not an artifact") if os.path.lexists(path) else None
-            found = read_manifest(path / MANIFEST)
+            manifest = read_manifest(path / MANIFEST)
         except FileNotFoundError:
             return ForeignEntry("it has no manifest")
         except (OSError, Unreadable):
             return ForeignEntry("its manifest cannot be read")
-        if not isinstance(found, dict):
-            return ForeignEntry("its manifest is not ours")
-        version, inputs = found.get("version"), found.get("inputs")
+        if not isinstance(manifest, dict):
+            return ForeignEntry("its manifest is foreign")
+        version, inputs = manifest.get("version"), manifest.get("inputs")
         named = {str(key): str(value) for key, value in inputs.items()} if isinstance(inputs, dict) else {}
         if isinstance(version, int) and version > MANIFEST_VERSION:
             return ForeignEntry("made by a later release", named)
-        wanted = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": name}
-        if any(found.get(key) != value for key, value in wanted.items()):
-            return ForeignEntry("its manifest is not ours", named)
-        if (damage := manifest_damage(found)) is not None:
+        expected = {"version": MANIFEST_VERSION, "recipe": recipe, "asset": asset, "fingerprint": name}
+        if any(manifest.get(key) != value for key, value in expected.items()):
+            return ForeignEntry("its manifest is foreign", named)
+        if (damage := manifest_damage(manifest)) is not None:
             return ForeignEntry(f"its manifest is damaged: {damage}", named)
-        return Artifact(path, found)
+        return Artifact(path, manifest)
 
     def published(self, recipe: str, asset: str) -> list[Artifact]:
-        """Every artifact of an asset, the one made first coming first."""
+        """Return every artifact of an asset, in the order of publication."""
         folder = self.folder(recipe, asset)
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-        found = [artifact for name in names if (artifact := self.get(recipe, asset, name)) is not None]
-        return sorted(found, key=lambda artifact: artifact.created)
+        artifacts = [artifact for name in names if (artifact := self.get(recipe, asset, name)) is not None]
+        return sorted(artifacts, key=lambda artifact: artifact.created)
 
     def current(self, recipe: str, asset: str) -> Artifact | None:
-        """The artifact that was materialised last."""
+        """Return the artifact that was materialised last."""
         fingerprint = _pointed_to(self.folder(recipe, asset) / CURRENT)
         return self.get(recipe, asset, fingerprint) if fingerprint else None
 
     def lost_current(self, recipe: str, asset: str) -> str | None:
-        """Why what was materialised last, if there is a record of it, is not there to go by."""
+        """Return why the artifact that was materialised last cannot be used; None if it can, or never was."""
         pointer = self.folder(recipe, asset) / CURRENT
         fingerprint = _pointed_to(pointer)
         if fingerprint is None:
-            return f"{CURRENT} is not ours" if os.path.lexists(pointer) else None
+            return f"{CURRENT} is foreign" if os.path.lexists(pointer) else None
         entry = self._look(recipe, asset, fingerprint)
         if isinstance(entry, Artifact):
             return None
         return f"{fingerprint}: {entry.why if entry else 'it is gone'}"
 
     def make_current(self, artifact: Artifact) -> None:
-        """Record that this artifact is what the asset was last materialised to.
+        """Record this artifact as the one that was materialised last.
 
         Raises:
             StepFailed: the store cannot be written.
@@ -121,7 +127,7 @@ class ArtifactStore:
             raise failure from error
 
     def lock(self, recipe: str, asset: str) -> FileLock:
-        """The lock, not yet taken, of whoever adds to an asset's folder, which has to be there, or takes from it."""
+        """Return the lock, not yet taken, for adding to or removing from an asset's folder, which must exist."""
         from filelock import FileLock
 
         return FileLock(self.folder(recipe, asset) / ".lock")
@@ -145,13 +151,13 @@ class ArtifactStore:
     def building(
         self, recipe: str, asset: str, fingerprint: str, waits: Callable[[], None] = lambda: None
     ) -> Iterator[Path]:
-        """Hold the asset's lock and give an empty staging folder, removed at the end unless published.
+        """Hold the asset's lock and yield an empty staging folder, which is removed at the end unless published.
 
-        A second builder of the same asset waits here. Folders left by builders that were killed are swept first: the
-        lock proves that nobody is at work in them.
+        A second builder of the same asset waits here. Folders left by killed builders are deleted first: the lock
+        proves that no builder uses them.
 
         Args:
-            waits: called when another builder is at work.
+            waits: called if a different builder holds the lock.
 
         Raises:
             StepFailed: the store cannot be written.
@@ -160,8 +166,8 @@ class ArtifactStore:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._locked(recipe, asset, waits):
-                for left in folder.glob(f"{STAGING}*"):
-                    discard(left)
+                for abandoned in folder.glob(f"{STAGING}*"):
+                    discard(abandoned)
                 staging = Path(tempfile.mkdtemp(prefix=f"{STAGING}{fingerprint}-", dir=folder))
                 staging.chmod(0o755)
                 try:
@@ -180,17 +186,17 @@ class ArtifactStore:
     ) -> Artifact:
         """Turn a staging folder into a published artifact, in one rename.
 
-        It is dated now, or right after what the asset has already, if the clock was set back: the order of the dates is
-        the order of publication. A foreign entry under its name is set aside. The caller holds the asset's lock.
+        The date is now, or right after the asset's newest artifact if the clock was set back: dates keep the order of
+        publication. A foreign entry with its name is set aside. The caller holds the asset's lock.
 
         Args:
-            record: what else the manifest shall say (libraries, seed, ...).
+            record: more keys of the manifest (libraries, seed, ...).
         """
         content = files_below(staging)
         if MANIFEST in content:
             raise StepFailed(
-                f"{recipe}/{asset} cannot be published: it holds a file {MANIFEST}, the name of the store's own record",
-                "leave that file out, or give it another name",
+                f"{recipe}/{asset} cannot be published: it holds a file {MANIFEST}, a name that the store reserves",
+                "omit that file, or rename it",
             )
         manifest = self._manifest(content, recipe, asset, fingerprint, made, record)
         if (damage := manifest_damage(json.loads(_text_of(manifest)))) is not None:
@@ -232,7 +238,7 @@ class ArtifactStore:
         }
 
     def _into_place(self, staging: Path, recipe: str, asset: str, name: str) -> Path:
-        """Rename a staging folder to its name; what has that name is replaced, or set aside if it is foreign."""
+        """Rename a staging folder to its fingerprint; replace an artifact with that name, set a foreign entry aside."""
         target = self.folder(recipe, asset) / name
         replaced = None
         if self.foreign_entry(recipe, asset, name) is not None:
@@ -247,15 +253,15 @@ class ArtifactStore:
         return target
 
     def amend(self, artifact: Artifact, metrics: Mapping[str, Any]) -> Artifact:
-        """Replace the metrics in a manifest: for facts about where an artifact is used, not about what it is."""
+        """Replace the metrics in a manifest: for facts about the use of an artifact, not about its content."""
         manifest = {**artifact.manifest, "metrics": masked(dict(metrics), but=VERBATIM)}
         _write_manifest(artifact.path, manifest)
         return Artifact(artifact.path, manifest)
 
     def remove(self, artifact: Artifact) -> None:
-        """Take an artifact away, in one rename; the caller holds the asset's lock.
+        """Remove an artifact, in one rename; the caller holds the asset's lock.
 
-        Killed before the end, this leaves a folder to be swept, and no artifact with half its files.
+        A kill leaves a temporary folder, never an artifact with half its files.
         """
         folder = artifact.path.parent
         if _pointed_to(folder / CURRENT) == artifact.fingerprint:
@@ -267,15 +273,15 @@ class ArtifactStore:
 
     def _next_date(self, recipe: str, asset: str) -> str:
         now = datetime.now(UTC)
-        if made := self.published(recipe, asset):
-            last = _moment(made[-1].created)
+        if artifacts := self.published(recipe, asset):
+            last = _moment(artifacts[-1].created)
             assert last is not None
             now = max(now, last + timedelta(milliseconds=1))
         return now.isoformat(timespec="milliseconds")
 
 
 def _pointed_to(pointer: Path) -> str | None:
-    """The fingerprint that a pointer names; None where it is not there, or not one of ours."""
+    """Return the fingerprint that a pointer names; None if the pointer is absent or foreign."""
     try:
         with open_regular(pointer) as file:
             text = file.read(LONGEST_POINTER).decode().strip()
@@ -285,7 +291,7 @@ def _pointed_to(pointer: Path) -> str | None:
 
 
 def _moment(created: object) -> datetime | None:
-    """A manifest's date, UTC."""
+    """Parse a manifest's date, as UTC."""
     try:
         return datetime.fromisoformat(str(created)).astimezone(UTC)
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The sqlite file in which digests are remembered. Losing it costs time only, so a damaged one is thrown away."""
+"""The sqlite file that stores digests. Losing it costs only time, so a damaged one is deleted."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import TypeVar
 from finetune_assets.store.files import set_aside
 
 T = TypeVar("T")
-PATIENCE = 1.0  # seconds to wait for another process that writes
-# Not damage: another process writes, or the disk is full or read-only. The file may be in order.
+PATIENCE = 1.0  # seconds to wait for a process that writes
+# Not damage: a different process writes, or the disk is full or read-only. The file may be valid.
 PASSING = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_FULL,
@@ -25,45 +25,45 @@ PASSING = {
     sqlite3.SQLITE_NOMEM,
     sqlite3.SQLITE_READONLY,
 }
-BESIDE = ("-journal", "-wal", "-shm")  # what sqlite puts next to a database
+BESIDE = ("-journal", "-wal", "-shm")  # files that sqlite writes next to a database
 SHA256 = re.compile(r"[0-9a-f]{64}")
 TABLE = "CREATE TABLE IF NOT EXISTS known (inode TEXT PRIMARY KEY, stamp TEXT, digest TEXT, seal TEXT)"
 
 
 class Damaged(Exception):
-    """A database whose rows are not as this module writes them."""
+    """A database with rows that this module did not write."""
 
 
 class DigestDatabase:
-    """Rows of inode, stamp and digest in one file. No call raises; one that fails reads nothing or writes nothing."""
+    """Rows of inode, stamp and digest in one file. No method raises; a failed call reads or writes nothing."""
 
     def __init__(self, file: Path):
         self._file = file
         self._given_up = False
 
     def read(self) -> dict[str, tuple[str, str]]:
-        """All rows: inode -> stamp and digest."""
+        """Return all rows: inode -> stamp and digest."""
         return self._attempt(self._rows) or {} if os.path.lexists(self._file) else {}
 
     def write(self, inode: str, stamp: str, digest: str) -> None:
-        """Add a row, or replace the one of the same inode."""
+        """Add a row, or replace the row of the same inode."""
         row = (inode, stamp, digest, _seal(inode, stamp, digest))
         if not self._given_up:
             self._attempt(lambda db: db.execute("INSERT OR REPLACE INTO known VALUES (?, ?, ?, ?)", row))
 
     def _rows(self, db: sqlite3.Connection) -> dict[str, tuple[str, str]]:
-        found: dict[str, tuple[str, str]] = {}
+        rows: dict[str, tuple[str, str]] = {}
         for row in db.execute("SELECT inode, stamp, digest, seal FROM known"):
             if not all(isinstance(value, str) for value in row):
                 raise Damaged
             inode, stamp, digest, seal = row
             if not SHA256.fullmatch(digest) or seal != _seal(inode, stamp, digest):
                 raise Damaged
-            found[inode] = (stamp, digest)
-        return found
+            rows[inode] = (stamp, digest)
+        return rows
 
     def _attempt(self, work: Callable[[sqlite3.Connection], T]) -> T | None:
-        """Do some work on the database; where that is damaged, on a new one in its place."""
+        """Do some work on the database; if it is damaged, replace it and try once more."""
         for _ in range(2):
             try:
                 with closing(self._connect()) as db:
@@ -74,7 +74,7 @@ class DigestDatabase:
                 self._discard()
             except (Damaged, OSError, ValueError):  # ValueError: text that is not UTF-8
                 self._discard()
-        self._given_up = True  # each further attempt might wait as long
+        self._given_up = True  # every further attempt might wait as long
         return None
 
     def _connect(self) -> sqlite3.Connection:
@@ -91,7 +91,7 @@ class DigestDatabase:
         return db
 
     def _discard(self) -> None:
-        """Make room for a new database. A folder in its place is renamed: what it holds may be somebody's."""
+        """Delete the database; rename a folder in its place, which may hold the user's files."""
         for path in (self._file, *(self._file.with_name(self._file.name + suffix) for suffix in BESIDE)):
             with suppress(OSError):
                 if path.is_dir() and not path.is_symlink():
@@ -101,5 +101,5 @@ class DigestDatabase:
 
 
 def _seal(inode: str, stamp: str, digest: str) -> str:
-    """By this a row is known to be whole: a flipped bit would otherwise give a wrong digest."""
+    """Return a checksum of a row: without it, a flipped bit would give a wrong digest."""
     return hashlib.sha256(f"{inode} {stamp} {digest}".encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""Content digests of files and folders, remembered so that unchanged bytes are not read twice."""
+"""Content digests of files and folders, cached so that unchanged bytes are not read twice."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from finetune_assets.inputs.regular_files import SEE_TO_IT, open_regular
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.store.digest_database import DigestDatabase
 
-FINE = 20_000_000  # ns: two ticks of a kernel's clock, by which files are dated
-COARSE = 2_000_000_000  # the same where files are dated by whole seconds, or by every other one
+FINE = 20_000_000  # ns: two ticks of the kernel's clock, which dates files
+COARSE = 2_000_000_000  # ns: the same on file systems that date files in steps of one or two seconds
 
 
 def canonical(value: Any) -> str:
-    """JSON with sorted keys and no spare white space: equal values give equal text."""
+    """Return JSON with sorted keys and no optional white space: equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def digest_of(value: Any) -> str:
-    """sha256 (hex) of a JSON value's canonical form."""
+    """Return the sha256 (hex) of a JSON value's canonical form."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 def digest_of_file(path: Path) -> str:
-    """sha256 (hex) of a file's bytes, read in blocks.
+    """Return the sha256 (hex) of a file's bytes, read in blocks.
 
     Raises:
         OSError: it cannot be read; the error names it.
@@ -40,15 +40,15 @@ def digest_of_file(path: Path) -> str:
 
 
 class DigestCache:
-    """sha256 by inode, good for as long as a file's size and its times of modification and change stay as they were.
+    """The sha256 of files by inode, valid while a file's size and its times of modification and change stay the same.
 
-    By inode, so that a file keeps its digest when the staging folder around it is renamed. Nobody can set the time of
-    change: an edit that keeps size and modification time is seen by it. So is a new hard link or mode: such a file is
-    read once more. A digest taken within a tick of the last change is not remembered: a change in the same tick would
-    leave all times as they are. The digests are in one sqlite file; without it files are read each time.
+    The key is the inode, so that a file keeps its digest when its staging folder is renamed. No program can set the
+    time of change: it reveals an edit that keeps size and modification time. A new hard link or mode changes it too:
+    such a file is read once more. A digest taken within a tick of the last change is not stored: a change in the same
+    tick would leave all times unchanged. The digests are in one sqlite file; without it, files are read each time.
 
     Args:
-        file: the sqlite file; None: every file is read again, as one that must be sure of its bytes wants it.
+        file: the sqlite file; None: read every file again, for callers that must be sure of its bytes.
     """
 
     def __init__(self, file: Path | None):
@@ -56,7 +56,7 @@ class DigestCache:
         self._known = self._database.read() if self._database is not None else {}
 
     def file(self, path: Path) -> str:
-        """The file's sha256 (hex).
+        """Return the sha256 (hex) of a file.
 
         Raises:
             OSError: it cannot be read.
@@ -76,11 +76,11 @@ class DigestCache:
             return digest
 
     def settle(self, paths: Iterable[Path]) -> None:
-        """Wait until the files just written are old enough for their digests to be remembered."""
+        """Wait until files that were just written are old enough for their digests to be stored."""
         if self._database is None:
             return
         now = time.time_ns()
-        ages = [now - found.st_ctime_ns - _margin(found) for found in map(os.stat, filter(os.path.exists, paths))]
+        ages = [now - status.st_ctime_ns - _margin(status) for status in map(os.stat, filter(os.path.exists, paths))]
         time.sleep(min(max(0, -min(ages, default=0)), COARSE) / 1e9)
 
 
@@ -96,21 +96,21 @@ def digest_of_source(path: Path, digests: DigestCache) -> str:
         raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
 
 
-def _stamp(found: os.stat_result) -> str:
-    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
-def _margin(found: os.stat_result) -> int:
-    """How far apart, in ns, two changes must be for the file system to date them differently."""
-    return COARSE if found.st_ctime_ns % 10**9 == 0 else FINE
+def _margin(status: os.stat_result) -> int:
+    """Return how many ns apart two changes must be for the file system to date them differently."""
+    return COARSE if status.st_ctime_ns % 10**9 == 0 else FINE
 
 
-def _settled(found: os.stat_result, moment: int) -> bool:
-    """Whether any change after `moment` gives a file other times. One dated in the future has to wait for that."""
-    changed = found.st_ctime_ns
-    if found.st_mtime_ns <= moment:  # later ones were set by hand
-        changed = max(changed, found.st_mtime_ns)
-    return changed + _margin(found) <= moment
+def _settled(status: os.stat_result, moment: int) -> bool:
+    """Return whether any change after `moment` gives a file different times; false while it is dated in the future."""
+    changed = status.st_ctime_ns
+    if status.st_mtime_ns <= moment:  # a later time was set by hand
+        changed = max(changed, status.st_mtime_ns)
+    return changed + _margin(status) <= moment
 
 
 def _digest(file: BufferedReader, path: Path) -> str:
@@ -121,15 +121,15 @@ def _digest(file: BufferedReader, path: Path) -> str:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Relative POSIX name -> path of every regular file below a folder, hidden ones left out, by name."""
-    found = {
+    """Return relative POSIX name -> path of every regular file below a folder, without hidden ones, sorted by name."""
+    files = {
         path.relative_to(folder).as_posix(): path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
-    """One digest for a set of named file digests."""
+    """Return one digest for a set of named file digests."""
     return digest_of(dict(digests))

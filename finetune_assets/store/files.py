@@ -1,4 +1,4 @@
-"""Writing, deleting and renaming of files that are whole or not there, whatever a crash interrupts."""
+"""Write, delete and rename files so that a crash leaves each of them whole or absent."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import shutil
 import tempfile
 from pathlib import Path
 
-SET_ASIDE = "set-aside-"  # begins the new names
+SET_ASIDE = "set-aside-"  # prefix of the new names
 
 
 def set_aside(path: Path) -> None:
-    """Rename a file or folder: neither swept nor taken for one of ours, whoever looks.
+    """Rename a foreign file or folder, so that it is neither deleted nor taken for an artifact.
 
     Raises:
         OSError: it cannot be renamed.
     """
-    place, number = path.with_name(f"{SET_ASIDE}{path.name}"), 1
-    while os.path.lexists(place):
+    new, number = path.with_name(f"{SET_ASIDE}{path.name}"), 1
+    while os.path.lexists(new):
         number += 1
-        place = path.with_name(f"{SET_ASIDE}{path.name}-{number}")
-    path.rename(place)
+        new = path.with_name(f"{SET_ASIDE}{path.name}-{number}")
+    path.rename(new)
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder as far as that can be done; of a link to one, the link."""
+    """Delete a folder as far as possible; delete only the link if it is one."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -35,7 +35,7 @@ def write_atomically(path: Path, data: bytes, *, prefix: str | None = None) -> N
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Args:
-        prefix: begins the name of the file in the making, by which what a crash left is known; `.NAME-` if not given.
+        prefix: begins the name of the temporary file, by which one left by a crash is recognised; default: `.NAME-`.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-" if prefix is None else prefix, dir=path.parent)
     temporary = Path(name)

@@ -1,6 +1,6 @@
-"""The shape of a manifest: everything that readers rely on, checked once when a manifest is read.
+"""The schema of a manifest: all that readers rely on, checked once when a manifest is read.
 
-A manifest that does not have this shape is damaged, or another program's: its folder is a foreign entry.
+A manifest that violates it is damaged, or was written by a different program: its folder is a foreign entry.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from finetune_assets.inputs.regular_files import open_regular
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
-LARGEST = 64 * 2**20  # bytes; real ones have some thousand
-DEEPEST = 64  # objects and lists inside each other
+LARGEST = 64 * 2**20  # bytes; real manifests have a few thousand
+DEEPEST = 64  # levels of nested objects and lists
 LONGEST_NUMBER = 2**63  # larger than any size, count or seed
-LATEST_YEAR = 9000  # the next artifact is dated later than this one
+LATEST_YEAR = 9000  # leaves room: the next artifact is dated later
 
 
 class Unreadable(Exception):
-    """Why a manifest cannot be read at all."""
+    """The reason why a manifest cannot be read."""
 
 
 def _plain_name(text: str) -> str:
@@ -44,8 +44,8 @@ def _key(text: str) -> str:
 
 def _date(text: str) -> str:
     try:
-        found = datetime.fromisoformat(text)
-        if found.utcoffset() is None or found.year > LATEST_YEAR or found.astimezone(UTC).isoformat() == "":
+        date = datetime.fromisoformat(text)
+        if date.utcoffset() is None or date.year > LATEST_YEAR or date.astimezone(UTC).isoformat() == "":
             raise ValueError
     except (ValueError, OverflowError):
         raise ValueError("not a date") from None
@@ -60,7 +60,7 @@ Key = Annotated[str, AfterValidator(_key)]
 
 
 class _Shape(BaseModel):
-    """Keys that a later release adds are none of this one's business."""
+    """The base of all schemas: keys that a later release adds are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -73,7 +73,7 @@ class FileRecord(_Shape):
 
 
 class Ingredients(_Shape):
-    """What the fingerprint is the digest of."""
+    """The values that the fingerprint is a digest of."""
 
     asset: str
     upstreams: dict[str, str]
@@ -84,7 +84,7 @@ class Ingredients(_Shape):
 
 
 class Manifest(_Shape):
-    """A manifest of any asset; metrics are free but for what the classes below say of them."""
+    """A manifest of any asset; only the metrics that the classes below name are checked."""
 
     version: Literal[1]
     recipe: str
@@ -109,21 +109,21 @@ class Manifest(_Shape):
 
 
 class DataMetrics(_Shape):
-    """dataset_info."""
+    """Metrics of dataset_info."""
 
     rows: dict[str, Count]
     duplicates_dropped: Count | None = None
 
 
 class BaseMetrics(_Shape):
-    """base_model."""
+    """Metrics of base_model."""
 
     source: str | None = None
     revision: str | None = None
 
 
 class AdapterMetrics(_Shape):
-    """lora_adapter."""
+    """Metrics of lora_adapter."""
 
     rows: Annotated[Figure, Field(ge=0)] | None = None
     epochs: Annotated[Figure, Field(ge=0)] | None = None
@@ -143,7 +143,7 @@ class Side(_Shape):
 
 
 class EvalMetrics(_Shape):
-    """eval_metrics."""
+    """Metrics of eval_metrics."""
 
     rows: Count
     base: Side | None = None
@@ -160,7 +160,7 @@ class TypeRecord(_Shape):
 
 
 class GgufMetrics(_Shape):
-    """gguf_file."""
+    """Metrics of gguf_file."""
 
     types: Annotated[dict[str, TypeRecord], Field(min_length=1)]
 
@@ -174,7 +174,7 @@ class ServedModel(_Shape):
 
 
 class OllamaMetrics(_Shape):
-    """ollama_model."""
+    """Metrics of ollama_model."""
 
     name: str
     where: Literal["server", "store"]
@@ -203,11 +203,11 @@ SPLITS = {"train", "validation", "test"}
 
 
 def read_manifest(path: Path) -> Any:
-    """The JSON value in a manifest's file: finite numbers of a sane length, no text that UTF-8 cannot hold.
+    """Read a manifest as JSON: only finite numbers of limited length, and text that UTF-8 can encode.
 
     Raises:
-        FileNotFoundError: there is none.
-        Unreadable: it is a fifo, a folder, too large, no JSON, or JSON that nothing of ours writes.
+        FileNotFoundError: the file does not exist.
+        Unreadable: it is not a regular file, too large, not JSON, or JSON that no release writes.
     """
     try:
         with open_regular(path) as file:
@@ -226,7 +226,7 @@ def read_manifest(path: Path) -> Any:
 
 
 def manifest_damage(value: Any) -> str | None:
-    """The first thing in a manifest that is not as this release writes it, or None if there is nothing."""
+    """Describe the first violation in a manifest, or return None if it is valid."""
     try:
         manifest = Manifest.model_validate(value)
         if (shape := METRICS.get(manifest.asset)) is not None:
@@ -239,7 +239,7 @@ def manifest_damage(value: Any) -> str | None:
 
 
 def _inconsistent(manifest: Manifest) -> str | None:
-    """What a reader would look for in one place because another one names it."""
+    """Describe the first name in a manifest whose entry elsewhere in it is missing, or return None."""
     if manifest.asset == "dataset_info" and (missing := SPLITS - set(manifest.parts)):
         return f"no parts.{min(missing)}"
     if manifest.asset == "gguf_file":

@@ -113,7 +113,7 @@ def test_what_is_not_ours_is_reported_and_kept(mini: MiniProject, three: list[di
     strange = {
         "notes.txt": "not an artifact",
         "empty": "it has no manifest",
-        "foreign": "its manifest is not ours",
+        "foreign": "its manifest is foreign",
         "damaged": "its manifest cannot be read",
         "newer": "made by a later release",
     }

@@ -1,4 +1,4 @@
-"""What is none of ours in the store: said so, counted as missing, never deleted. And clocks that go back."""
+"""Foreign entries in the store: reported, counted as missing, never deleted. And clocks that are set back."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from finetune_assets.store.artifact import Artifact
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import make_chain, plan_of, store_of
 
-STRANGE = {
-    "{}": "its manifest is not ours",
-    "[]": "its manifest is not ours",
+FOREIGN = {
+    "{}": "its manifest is foreign",
+    "[]": "its manifest is foreign",
     "not json": "its manifest cannot be read",
     "[" * 100_000: "its manifest cannot be read",
     '{"version": 99, "inputs": {"raw_dataset": "abc"}}': "made by a later release",
@@ -32,9 +32,9 @@ def left_alone(mini: MiniProject, keep: int = 0) -> dict[str, str]:
     return {path.name: why for path, why in done.left_alone}
 
 
-@pytest.mark.parametrize(("text", "why"), STRANGE.items(), ids=range(len(STRANGE)))
-def test_a_manifest_that_is_not_ours(mini: MiniProject, text: str, why: str):
-    """The plan says so, a run sets it aside, and no build, run or collection ever deletes it."""
+@pytest.mark.parametrize(("text", "why"), FOREIGN.items(), ids=range(len(FOREIGN)))
+def test_a_foreign_manifest(mini: MiniProject, text: str, why: str):
+    """The plan reports it, a run sets it aside, and no build, run or collection deletes it."""
     first = make_chain(mini)["merged_model"]
     (first.path / "manifest.json").write_text(text)
     (first.path / "precious").write_text("kept")
@@ -51,7 +51,7 @@ def test_a_manifest_that_is_not_ours(mini: MiniProject, text: str, why: str):
     assert (aside / "manifest.json").read_text() == text and (aside / "precious").read_text() == "kept"
 
 
-def test_one_stranger_after_the_other(mini: MiniProject):
+def test_one_foreign_entry_after_the_other(mini: MiniProject):
     made = make_chain(mini)["merged_model"]
     for number in range(3):
         (made.path / "manifest.json").write_text(f'{{"number": {number}}}')
@@ -75,7 +75,7 @@ def test_a_manifest_that_lacks_something(mini: MiniProject, key: str):
 
 
 def test_the_current_one_of_a_later_release(mini: MiniProject):
-    """Another one is wanted, so nothing is set aside; but who looks for the last one is told."""
+    """A different artifact is wanted, so nothing is set aside; the plan reports the last one as unusable."""
     made = make_chain(mini)["lora_adapter"]
     (made.path / "manifest.json").write_text('{"version": 2}')
     mini.edit(train={"learning_rate": 0.5})
@@ -91,14 +91,14 @@ def test_the_current_one_of_a_later_release(mini: MiniProject):
 
 
 @pytest.mark.parametrize("content", [b'{"current": "abc"}', b"\xff\xfe", b"../../elsewhere", b"", b"abc\ndef"])
-def test_a_pointer_that_is_not_ours(mini: MiniProject, content: bytes):
+def test_a_foreign_pointer(mini: MiniProject, content: bytes):
     made = make_chain(mini)
     pointer = made["lora_adapter"].path.parent / "CURRENT"
     pointer.write_bytes(content)
     assert plan_of(mini)["lora_adapter"].state == "fresh", "it is there, whatever the pointer says"
-    assert left_alone(mini) == {"CURRENT": "CURRENT is not ours"}
+    assert left_alone(mini) == {"CURRENT": "CURRENT is foreign"}
     mini.edit(train={"learning_rate": 0.5})
-    assert plan_of(mini)["lora_adapter"].reasons == ("what was made last is of no use (CURRENT is not ours)",)
+    assert plan_of(mini)["lora_adapter"].reasons == ("what was made last is of no use (CURRENT is foreign)",)
     now = make_chain(mini)["lora_adapter"]
     assert pointer.read_text() == f"{now.fingerprint}\n"
     assert left_alone(mini, keep=9) == {"set-aside-CURRENT": "not an artifact"}
@@ -107,7 +107,7 @@ def test_a_pointer_that_is_not_ours(mini: MiniProject, content: bytes):
     assert not pointer.exists()
 
 
-def test_what_we_made_is_replaced_and_not_kept(mini: MiniProject):
+def test_a_damaged_artifact_is_replaced_and_not_kept(mini: MiniProject):
     made = make_chain(mini)["dataset_info"]
     (made.path / "train.jsonl").write_text("damaged")
     make_chain(mini)
@@ -115,7 +115,7 @@ def test_what_we_made_is_replaced_and_not_kept(mini: MiniProject):
 
 
 def test_a_link_in_the_place_of_an_artifact(mini: MiniProject):
-    """The artifact was moved to another disk; what it points to is not ours to delete, made again or swept."""
+    """The artifact was moved to a different disk: neither a build nor a sweep deletes the target of the link."""
     made = make_chain(mini)["dataset_info"]
     elsewhere = mini.root / "elsewhere"
     made.path.rename(elsewhere)
@@ -129,7 +129,7 @@ def test_a_link_in_the_place_of_an_artifact(mini: MiniProject):
 
 
 class Clock(datetime):
-    """Goes back an hour whenever it is looked at."""
+    """A clock that goes back an hour at each reading."""
 
     present = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -148,7 +148,7 @@ def models(mini: MiniProject, count: int) -> list[Artifact]:
 
 
 def test_a_clock_that_goes_back(mini: MiniProject, monkeypatch: pytest.MonkeyPatch):
-    """What was published later is dated later, for those who go by it: gc keeps the newest, rollback takes the last."""
+    """Later publications get later dates, which gc (the newest) and rollback (the one before) rely on."""
     monkeypatch.setattr(artifacts, "datetime", Clock)
     made = models(mini, 4)
     dates = [item.created for item in made]

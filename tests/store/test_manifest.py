@@ -248,13 +248,13 @@ def test_a_pointer_that_cannot_be_read(mini: MiniProject, make: Callable[[Path],
     pointer = make_chain(mini)["merged_model"].path.parent / "CURRENT"
     in_place(make)(pointer)
     assert plan_of(mini)["merged_model"].state == "fresh"
-    assert left_alone(mini) == {"CURRENT": "CURRENT is not ours"}
+    assert left_alone(mini) == {"CURRENT": "CURRENT is foreign"}
 
 
 @pytest.mark.parametrize(
     ("file", "metrics", "words"),
     [
-        ("manifest.json", {}, "it holds a file manifest.json, the name of the store's own record"),
+        ("manifest.json", {}, "it holds a file manifest.json, a name that the store reserves"),
         ("x", {"rows": "many"}, "its manifest would be damaged: metrics.rows: input should be"),
     ],
 )
