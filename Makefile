@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 TORCH := $(shell grep -E '^torch==' constraints.txt)
 export DAGSTER_HOME := $(CURDIR)/dagster_home
 
-.PHONY: help install demo check lint types fast test ui clean
+.PHONY: help install demo check lint types fast pages test ui clean
 
 help:
 	@echo "make demo   train the demo model and create it in Ollama (minutes, on a CPU)"
@@ -53,6 +53,10 @@ types: .venv/.installed-dev
 
 fast: .venv/.installed-dev
 	$(BIN)/pytest --fast
+
+# docs/ pages that are made from the code alone
+pages: .venv/.installed-dev
+	$(BIN)/python -m docs.pages
 
 # the demo alone, last: its training needs all cores
 test: lint types

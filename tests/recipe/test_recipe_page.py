@@ -1,15 +1,9 @@
-"""docs/recipe.md is what its script prints."""
+"""docs/recipe.md, as its script prints it; tests/whole/test_pages.py compares the two."""
 
 from __future__ import annotations
 
 from docs.recipe import page
 from finetune_assets.recipe.recipe import sections
-from tests.conftest import REPOSITORY
-
-
-def test_the_page_is_what_its_script_prints():
-    committed = (REPOSITORY / "docs" / "recipe.md").read_text(encoding="utf-8")
-    assert committed == page(), "run: python -m docs.recipe > docs/recipe.md"
 
 
 def test_the_page_has_a_row_for_each_key():
