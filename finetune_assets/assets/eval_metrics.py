@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import dagster as dg
 
 from finetune_assets.assets.step_asset import StepAsset, table
-from finetune_assets.evaluation.evaluate import table as markdown
+from finetune_assets.evaluation.metrics import HEADLINES
+from finetune_assets.evaluation.scored_row import SIDES
+from finetune_assets.evaluation.summary import table as markdown
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
-MEASURES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity")
 CONTENT = ["metrics.json", "predictions.jsonl"]
 
 
@@ -35,7 +36,7 @@ def build(step: Step) -> Made:
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     metrics = artifact.metrics
     base, tuned = metrics["base"], metrics["tuned"]
-    measured = [name for name in MEASURES if base[name] is not None and tuned[name] is not None]
+    measured = [name for name in HEADLINES if base[name] is not None and tuned[name] is not None]
     return {
         "scores": table([{"measure": name, "base": base[name], "tuned": tuned[name]} for name in measured]),
         "scores by data set": dg.MetadataValue.md(markdown(dict(metrics))),
@@ -48,7 +49,7 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
 def _sample(sample: Mapping) -> str:
     question = sample["messages"][-1]["content"]
     lines = [("asked", question), ("expected", sample["label"])]
-    lines += [(side, sample[side]["answer"]) for side in ("base", "tuned")]
+    lines += [(side, sample[side]["answer"]) for side in SIDES]
     return "\n\n".join(f"**{title}** {text}" for title, text in lines)
 
 

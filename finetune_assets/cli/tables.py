@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from finetune_assets.evaluation.metrics import HEADLINES
+from finetune_assets.evaluation.scored_row import SIDES
 from finetune_assets.export.serving_commands import commands
 from finetune_assets.lineage.cost import Cost
 from finetune_assets.lineage.estimate import Total
@@ -137,8 +139,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in (f"on {metrics['rows']} test rows", "base", "tuned"):
         table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
-    for name in ("bleu-4", "rouge-1", "rouge-2", "rouge-l", "perplexity"):
-        scores = [(metrics.get(side) or {}).get(name) for side in ("base", "tuned")]
+    for name in HEADLINES:
+        scores = [(metrics.get(side) or {}).get(name) for side in SIDES]
         table.add_row(name, *("-" if score is None else f"{score:.2f}" for score in scores))
     return table
 

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from finetune_assets.chat.template import Encoded, encode_prompt, encode_row
 from finetune_assets.data.rows import SplitRow, read_split
 from finetune_assets.evaluation.generate import Answer, generate
-from finetune_assets.evaluation.metrics import METRICS, mean_scores, score
-from finetune_assets.evaluation.perplexity import Surprise, add_up, surprise
+from finetune_assets.evaluation.metrics import score
+from finetune_assets.evaluation.perplexity import NegativeLogLikelihood, negative_log_likelihoods
+from finetune_assets.evaluation.scored_row import Result, ScoredRow
+from finetune_assets.evaluation.summary import prediction, summarise
 from finetune_assets.models.loading import Chat, context_length, load_chat, load_model
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.events import Progress, StepProgress, silent
@@ -28,43 +30,27 @@ if TYPE_CHECKING:
     from finetune_assets.machine.device import Device
     from finetune_assets.recipe import EvaluateSection
 
-COMPARED = (
-    "base model and base model + adapter, both with the adapter's chat template and default system prompt; "
-    "greedy answers to the last turn of each row"
-)
-
 
 @dataclass(frozen=True)
-class _Work:
-    """What both models are asked to do.
+class _Question:
+    """A test row as both models get it.
 
     Attributes:
-        rows: the test rows, and of each:
-        encoded: ids and labels of the whole conversation;
-        prompts: ids of all but the last answer.
-        answered: numbers of the rows that get an answer.
+        encoded: ids and labels of the whole conversation.
+        prompt: ids of all but the last answer.
+        drawn: whether it is among the rows to answer.
+        fits: whether the model's context leaves room for an answer.
     """
 
-    rows: list[SplitRow]
-    encoded: list[Encoded]
-    prompts: list[list[int]]
-    answered: list[int]
+    row: SplitRow
+    encoded: Encoded
+    prompt: list[int]
+    drawn: bool
+    fits: bool
 
-
-@dataclass(frozen=True)
-class _Side:
-    """What one of the two models did.
-
-    Attributes:
-        answers, scores: by the number of the row; not every row gets an answer.
-        surprises: of each row.
-        generating: seconds that the answers took.
-    """
-
-    answers: dict[int, Answer]
-    scores: dict[int, dict[str, float]]
-    surprises: list[Surprise]
-    generating: float
+    @property
+    def answered(self) -> bool:
+        return self.drawn and self.fits
 
 
 def evaluate(
@@ -112,137 +98,87 @@ def evaluate(
         _assert_unseen(rows, read_split(train), test, train)
     chat = load_chat(adapter, trust_remote_code=trust_remote_code)
     model = load_model(base, adapter, device, trust_remote_code=trust_remote_code)
-    encoded = [
-        encode_row(chat.tokenizer, row["messages"], default_system=chat.default_system, cutoff_len=cutoff_len)
-        for row in rows
-    ]
-    prompts = [encode_prompt(chat.tokenizer, row["messages"][:-1], default_system=chat.default_system) for row in rows]
-    chosen = _draw(rows, evaluate.max_samples)
-    room = context_length(model)
-    fit = [place for place in chosen if room is None or len(prompts[place]) + evaluate.max_new_tokens <= room]
-    work = _Work(rows, encoded, prompts, fit)
-    tick = _ticker(progress, 2 * (len(rows) + len(fit)), started)
-    sides: dict[str, _Side] = {}
+    questions = _questions(rows, chat, evaluate, cutoff_len, context_length(model))
+    answered = sum(question.answered for question in questions)
+    tick = _ticker(progress, 2 * (len(rows) + answered), started)
     with model.disable_adapter():
-        sides["base"] = _measure("base", model, chat, work, evaluate, tick)
-    sides["tuned"] = _measure("tuned", model, chat, work, evaluate, tick)
-    metrics = _summary(work, sides, evaluate.max_new_tokens)
-    metrics["skipped_too_long"] = len(chosen) - len(fit)
-    predictions = [_prediction(row, place, sides) for place, row in enumerate(rows)]
+        base_results, base_seconds = _measure("base", model, chat, questions, evaluate, tick)
+    tuned_results, tuned_seconds = _measure("tuned", model, chat, questions, evaluate, tick)
+    scored = [
+        ScoredRow(row, {"base": base_result, "tuned": tuned_result})
+        for row, base_result, tuned_result in zip(rows, base_results, tuned_results, strict=True)
+    ]
+    metrics = summarise(scored, evaluate.max_new_tokens)
+    metrics["skipped_too_long"] = sum(question.drawn and not question.fits for question in questions)
+    predictions = [prediction(row) for row in scored]
     _write(out / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
     _write(out / "metrics.json", json.dumps(metrics, ensure_ascii=False, indent=2) + "\n")
-    generating = sum(side.generating for side in sides.values())
+    samples = [line for line, question in zip(predictions, questions, strict=True) if question.answered]
     return {
         **metrics,
         "seconds": round(time.monotonic() - started, 2),
-        "samples_per_second": round(2 * len(fit) / generating, 3) if fit else None,
-        "samples": [predictions[place] for place in fit[:5]],
+        "samples_per_second": round(2 * answered / (base_seconds + tuned_seconds), 3) if answered else None,
+        "samples": samples[:5],
     }
+
+
+def _questions(
+    rows: Sequence[SplitRow], chat: Chat, section: EvaluateSection, cutoff_len: int, room: int | None
+) -> list[_Question]:
+    drawn = _draw(rows, section.max_samples)
+    questions: list[_Question] = []
+    for number, row in enumerate(rows):
+        messages, system = row["messages"], chat.default_system
+        encoded = encode_row(chat.tokenizer, messages, default_system=system, cutoff_len=cutoff_len)
+        prompt = encode_prompt(chat.tokenizer, messages[:-1], default_system=system)
+        fits = room is None or len(prompt) + section.max_new_tokens <= room
+        questions.append(_Question(row, encoded, prompt, number in drawn, fits))
+    return questions
 
 
 def _measure(
-    name: str, model: Any, chat: Chat, work: _Work, section: EvaluateSection, tick: Callable[[int, str], None]
-) -> _Side:
-    """The model's surprise at all rows, and its answers to those that get one."""
-    surprises = surprise(model, work.encoded, done=lambda count: tick(count, f"{name}: perplexity"))
-    since = time.monotonic()
-    given = generate(
-        model,
-        chat,
-        [work.prompts[place] for place in work.answered],
-        max_new_tokens=section.max_new_tokens,
-        batch_size=section.per_device_eval_batch_size,
-        done=lambda count: tick(count, f"{name}: answers"),
+    name: str,
+    model: Any,
+    chat: Chat,
+    questions: Sequence[_Question],
+    section: EvaluateSection,
+    tick: Callable[[int, str], None],
+) -> tuple[list[Result], float]:
+    """Return one model's result on each row, and the seconds that its answers took."""
+    likelihoods = negative_log_likelihoods(
+        model, [question.encoded for question in questions], done=lambda count: tick(count, f"{name}: perplexity")
     )
-    generating = time.monotonic() - since
-    answers = dict(zip(work.answered, given, strict=True))
-    scores = {place: score(said.text, work.rows[place]["messages"][-1]["content"]) for place, said in answers.items()}
-    return _Side(answers, scores, surprises, generating)
-
-
-def _summary(work: _Work, sides: dict[str, _Side], max_new_tokens: int) -> dict[str, Any]:
-    """metrics.json: both models over all rows, and over those of each data set."""
-    of: dict[str, list[int]] = {}
-    for place, row in enumerate(work.rows):
-        of.setdefault(row["dataset"], []).append(place)
-    answered = set(work.answered)
-
-    def block(places: list[int]) -> dict[str, Any]:
-        numbers = {name: _numbers(side, places) for name, side in sides.items()}
-        return {"rows": len(places), "answered": len(answered.intersection(places)), **numbers}
-
-    datasets = {name: block(of[name]) for name in sorted(of)}
-    every = block(list(range(len(work.rows))))
-    return {"compared": COMPARED, "max_new_tokens": max_new_tokens, **every, "datasets": datasets}
-
-
-def _numbers(side: _Side, places: Sequence[int]) -> dict[str, float | int | None]:
-    """One model's figures over some rows; None where there is nothing to take the mean of."""
-    total = add_up([side.surprises[place] for place in places])
-    scores = [side.scores[place] for place in places if place in side.scores]
-    ended = [side.answers[place].ended for place in places if place in side.answers]
-    return {
-        **(mean_scores(scores) if scores else dict.fromkeys(METRICS)),
-        "ended": round(sum(ended) / len(ended), 4) if ended else None,
-        "nll": round(total.mean, 6) if total.tokens else None,
-        "perplexity": round(total.perplexity, 4) if total.tokens else None,
-        "tokens": total.tokens,
-    }
-
-
-def _prediction(row: SplitRow, place: int, sides: dict[str, _Side]) -> dict[str, Any]:
-    """A line of predictions.jsonl: the question, the expected answer, and what each model made of it."""
-    line: dict[str, Any] = {
-        "id": row["id"],
-        "dataset": row["dataset"],
-        "messages": row["messages"][:-1],
-        "label": row["messages"][-1]["content"],
-    }
-    for name, side in sides.items():
-        answer, found = side.answers.get(place), side.surprises[place]
-        line[name] = {
-            "answer": None if answer is None else answer.text,
-            "ended": None if answer is None else answer.ended,
-            "scores": side.scores.get(place),
-            "nll": round(found.mean, 6) if found.tokens else None,
-        }
-    return line
-
-
-def table(metrics: dict[str, Any]) -> str:
-    """The metrics as a Markdown table for people: all rows first, then each data set."""
-    lines = [
-        "| rows | measure | base | tuned | change |",
-        "|---|---|---:|---:|---:|",
+    since = time.monotonic()
+    answers = iter(
+        generate(
+            model,
+            chat,
+            [question.prompt for question in questions if question.answered],
+            max_new_tokens=section.max_new_tokens,
+            batch_size=section.per_device_eval_batch_size,
+            done=lambda count: tick(count, f"{name}: answers"),
+        )
+    )
+    seconds = time.monotonic() - since
+    results = [
+        _result(question, next(answers) if question.answered else None, likelihood)
+        for question, likelihood in zip(questions, likelihoods, strict=True)
     ]
-    blocks = {"all": metrics, **(metrics["datasets"] if len(metrics["datasets"]) > 1 else {})}
-    for name, block in blocks.items():
-        label = f"{name.replace('|', chr(92) + '|')} ({block['rows']})"
-        for key, words in _MEASURES.items():
-            before, after = block["base"][key], block["tuned"][key]
-            if before is None or after is None:
-                continue
-            lines.append(f"| {label} | {words} | {before:.2f} | {after:.2f} | {after - before:+.2f} |")
-            label = ""
-    return "\n".join(lines) + "\n"
+    return results, seconds
 
 
-_MEASURES = {
-    "bleu-4": "BLEU-4 ↑",
-    "rouge-1": "ROUGE-1 ↑",
-    "rouge-2": "ROUGE-2 ↑",
-    "rouge-l": "ROUGE-L ↑",
-    "perplexity": "perplexity ↓",
-    "ended": "answers that end by themselves ↑",
-}
+def _result(question: _Question, answer: Answer | None, likelihood: NegativeLogLikelihood) -> Result:
+    scores = None if answer is None else score(answer.text, question.row["messages"][-1]["content"])
+    return Result(answer, scores, likelihood)
 
 
-def _draw(rows: Sequence[SplitRow], count: int | None) -> list[int]:
-    """`count` rows (all if None), by the digest of their ids: the same ones however the file is ordered."""
-    places = range(len(rows))
-    if count is None or count >= len(rows):
-        return list(places)
-    return sorted(sorted(places, key=lambda p: (hashlib.sha256(rows[p]["id"].encode()).digest(), p))[:count])
+def _draw(rows: Sequence[SplitRow], count: int | None) -> set[int]:
+    """Return the numbers of `count` rows (all if None), by the digest of their ids: whatever the order of the file."""
+
+    def rank(number: int) -> tuple[bytes, int]:
+        return hashlib.sha256(rows[number]["id"].encode()).digest(), number
+
+    return set(sorted(range(len(rows)), key=rank)[:count])
 
 
 def _assert_unseen(test_rows: list[SplitRow], train_rows: list[SplitRow], test: Path, train: Path) -> None:

@@ -16,29 +16,62 @@ from __future__ import annotations
 import functools
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from finetune_assets.evaluation.perplexity import NegativeLogLikelihood, add_up
+from finetune_assets.evaluation.scored_row import Result
 
 if TYPE_CHECKING:
     import jieba
 
-METRICS = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
+
+@dataclass(frozen=True)
+class Pair:
+    """An answer and the label (the expected answer), as texts and as words."""
+
+    answer: str
+    label: str
+
+    @cached_property
+    def answer_words(self) -> list[str]:
+        return words(self.answer)
+
+    @cached_property
+    def label_words(self) -> list[str]:
+        return words(self.label)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of one model over rows of the test split.
+
+    Attributes:
+        name: its key in metrics.json.
+        title: its name in tables for people, with an arrow to the better side; None: only programs read it.
+        over: returns the figure for some rows; None where there is nothing to measure.
+        score: returns the score of one answer, 0 to 1; None where the figure is not a mean of scores of answers.
+        headline: whether short tables show it.
+    """
+
+    name: str
+    title: str | None
+    over: Callable[[Sequence[Result]], float | None]
+    score: Callable[[Pair], float] | None = None
+    headline: bool = False
 
 
 def score(answer: str, label: str) -> dict[str, float]:
-    """The four metrics of one answer against the expected one, each 0 to 100 and rounded to 4 digits."""
-    said, expected = words(answer), words(label)
-    return {
-        "bleu-4": round(100 * bleu4(answer, label), 4),
-        "rouge-1": round(100 * rouge_n(said, expected, 1), 4),
-        "rouge-2": round(100 * rouge_n(said, expected, 2), 4),
-        "rouge-l": round(100 * rouge_l(said, expected), 4),
-    }
+    """Return each score of one answer, 0 to 100 and rounded to 4 digits."""
+    pair = Pair(answer, label)
+    return {metric.name: round(100 * metric.score(pair), 4) for metric in METRICS.values() if metric.score is not None}
 
 
-def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the rows, which are not empty; rounded to 4 digits."""
-    return {name: round(sum(row[name] for row in rows) / len(rows), 4) for name in METRICS}
+def mean_score(name: str, scores: Sequence[Mapping[str, float]]) -> float | None:
+    """Return the mean of one score over rows, rounded to 4 digits; None without rows."""
+    return round(sum(row[name] for row in scores) / len(scores), 4) if scores else None
 
 
 def bleu4(answer: str, label: str) -> float:
@@ -120,3 +153,47 @@ def _segmenter() -> jieba.Tokenizer:
     tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
     tokenizer.initialized = True
     return tokenizer
+
+
+def _mean_of(name: str, title: str, score: Callable[[Pair], float]) -> Metric:
+    """Return the metric that is the mean of a score over the rows that got an answer."""
+
+    def over(results: Sequence[Result]) -> float | None:
+        return mean_score(name, [result.scores for result in results if result.scores is not None])
+
+    return Metric(name, title, over, score, headline=True)
+
+
+def _ended(results: Sequence[Result]) -> float | None:
+    """Return the share of answers that ended by themselves."""
+    ended = [result.answer.ended for result in results if result.answer is not None]
+    return round(sum(ended) / len(ended), 4) if ended else None
+
+
+def _total(results: Sequence[Result]) -> NegativeLogLikelihood:
+    return add_up([result.likelihood for result in results])
+
+
+def _nll(results: Sequence[Result]) -> float | None:
+    return round(total.mean, 6) if (total := _total(results)).tokens else None
+
+
+def _perplexity(results: Sequence[Result]) -> float | None:
+    return round(total.perplexity, 4) if (total := _total(results)).tokens else None
+
+
+# Add a metric here: metrics.json, in this order, predictions.jsonl and the tables for people follow.
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _mean_of("bleu-4", "BLEU-4 ↑", lambda pair: bleu4(pair.answer, pair.label)),
+        _mean_of("rouge-1", "ROUGE-1 ↑", lambda pair: rouge_n(pair.answer_words, pair.label_words, 1)),
+        _mean_of("rouge-2", "ROUGE-2 ↑", lambda pair: rouge_n(pair.answer_words, pair.label_words, 2)),
+        _mean_of("rouge-l", "ROUGE-L ↑", lambda pair: rouge_l(pair.answer_words, pair.label_words)),
+        Metric("ended", "answers that end by themselves ↑", _ended),
+        Metric("nll", None, _nll),
+        Metric("perplexity", "perplexity ↓", _perplexity, headline=True),
+        Metric("tokens", None, lambda results: _total(results).tokens),
+    )
+}
+HEADLINES = tuple(metric.name for metric in METRICS.values() if metric.headline)

@@ -1,4 +1,4 @@
-"""How surprised a model is by the expected answers: mean negative log-likelihood of their tokens, and perplexity."""
+"""Negative log-likelihood and perplexity of the expected answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Surprise:
-    """Of one row, or of several added up.
+class NegativeLogLikelihood:
+    """Negative log-likelihood of the answer tokens of one row, or of several rows.
 
     Attributes:
-        nll: negative log-likelihood, nats, the sum over the tokens.
+        nll: in nats, the sum over the tokens.
         tokens: answer tokens, each predicted from all that comes before it.
     """
 
@@ -37,8 +37,10 @@ class Surprise:
         return math.exp(self.mean)
 
 
-def surprise(model: Any, rows: Sequence[Encoded], *, done: Callable[[int], None] = lambda rows: None) -> list[Surprise]:
-    """The model's surprise at the labels of each row, in the order of the rows.
+def negative_log_likelihoods(
+    model: Any, rows: Sequence[Encoded], *, done: Callable[[int], None] = lambda rows: None
+) -> list[NegativeLogLikelihood]:
+    """Return the negative log-likelihood of the labels of each row, in the order of the rows.
 
     A long row makes a batch of its own; short ones share one. Logits are computed from the first label of a batch
     only: rows are padded on the left, so that the answers stand together at the end.
@@ -49,7 +51,7 @@ def surprise(model: Any, rows: Sequence[Encoded], *, done: Callable[[int], None]
     """
     import torch
 
-    result: dict[int, Surprise] = {}
+    result: dict[int, NegativeLogLikelihood] = {}
     for places in _batches([len(row.input_ids) for row in rows]):
         batch = left_padded([rows[place].input_ids for place in places], model.device)
         longest = batch["input_ids"].shape[1]
@@ -68,16 +70,16 @@ def surprise(model: Any, rows: Sequence[Encoded], *, done: Callable[[int], None]
                 sums = losses.double().sum(-1) if losses.device.type != "mps" else losses.sum(-1)  # mps has no float64
             counts = (targets != IGNORED).sum(-1)
             for place, nll, tokens in zip(places, sums.tolist(), counts.tolist(), strict=True):
-                result[place] = Surprise(nll, tokens)
+                result[place] = NegativeLogLikelihood(nll, tokens)
         else:
-            result.update({place: Surprise(0.0, 0) for place in places})
+            result.update({place: NegativeLogLikelihood(0.0, 0) for place in places})
         done(len(places))
     return [result[place] for place in range(len(rows))]
 
 
-def add_up(parts: Sequence[Surprise]) -> Surprise:
-    """The surprise at all rows together."""
-    return Surprise(math.fsum(part.nll for part in parts), sum(part.tokens for part in parts))
+def add_up(parts: Sequence[NegativeLogLikelihood]) -> NegativeLogLikelihood:
+    """Return the negative log-likelihood of all rows together."""
+    return NegativeLogLikelihood(math.fsum(part.nll for part in parts), sum(part.tokens for part in parts))
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

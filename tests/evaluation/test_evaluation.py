@@ -15,8 +15,9 @@ import torch
 from finetune_assets.chat.template import IGNORED, encode_prompt, encode_row
 from finetune_assets.evaluation import generate as generating
 from finetune_assets.evaluation import perplexity
-from finetune_assets.evaluation.evaluate import evaluate, table
+from finetune_assets.evaluation.evaluate import evaluate
 from finetune_assets.evaluation.generate import Answer, generate
+from finetune_assets.evaluation.summary import table
 from finetune_assets.machine.device import Device, choose_device
 from finetune_assets.models.loading import Chat, load_chat, load_model
 from finetune_assets.recipe import EvaluateSection
@@ -113,21 +114,21 @@ def test_out_of_memory_halves_the_batch(model: Any, chat: Chat, monkeypatch: pyt
 def test_perplexity_equals_a_plain_forward_pass(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", 200)  # several batches, some with more than one row
     rows = [encode_row(chat.tokenizer, messages) for messages in CONVERSATIONS]
-    found = perplexity.surprise(model, rows)
-    for row, surprise in zip(rows, found, strict=True):
+    found = perplexity.negative_log_likelihoods(model, rows)
+    for row, likelihood in zip(rows, found, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
         places = [at for at, label in enumerate(row.labels) if at and label != IGNORED]
         plain = -sum(logits[at - 1].log_softmax(-1)[row.labels[at]].item() for at in places)
-        assert surprise.tokens == len(places) == row.learnt
-        assert surprise.nll == pytest.approx(plain, rel=1e-5)
+        assert likelihood.tokens == len(places) == row.learnt
+        assert likelihood.nll == pytest.approx(plain, rel=1e-5)
     total = perplexity.add_up(found)
     assert total.perplexity == pytest.approx(math.exp(sum(s.nll for s in found) / sum(s.tokens for s in found)))
 
 
-def test_a_row_that_is_cut_before_its_answer_has_no_surprise(model: Any, chat: Chat) -> None:
+def test_a_row_that_is_cut_before_its_answer_has_no_likelihood(model: Any, chat: Chat) -> None:
     rows = [encode_row(chat.tokenizer, CONVERSATIONS[0], cutoff_len=3), encode_row(chat.tokenizer, CONVERSATIONS[4])]
-    cut, whole = perplexity.surprise(model, rows)
+    cut, whole = perplexity.negative_log_likelihoods(model, rows)
     assert (cut.tokens, cut.nll) == (0, 0.0)
     assert whole.tokens > 0
 
@@ -162,7 +163,7 @@ def test_base_and_tuned_are_the_models_they_claim_to_be(base: Path, adapter: Pat
     for name, alone in (("base", load_model(base, None, cpu)), ("tuned", load_model(base, adapter, cpu))):
         expected: list[Answer] = generate(alone, chat, prompts, max_new_tokens=5, batch_size=1)
         assert [line[name]["answer"] for line in predictions] == [answer.text for answer in expected]
-        total = perplexity.add_up(perplexity.surprise(alone, encoded))
+        total = perplexity.add_up(perplexity.negative_log_likelihoods(alone, encoded))
         assert metrics[name]["perplexity"] == pytest.approx(total.perplexity, rel=1e-4)
         assert metrics[name]["rouge-1"] == pytest.approx(
             sum(line[name]["scores"]["rouge-1"] for line in predictions) / 5, abs=1e-3
