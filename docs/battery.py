@@ -1,8 +1,9 @@
-"""The corruption battery on a finished project: what is done to its model, and which check finds it, in its words.
+"""Printer of docs/battery.md: harms done to the model of a finished project, and the check that finds each.
 
 usage: python -m docs.battery RECIPE [> docs/battery.md]
-Run the recipe first (`make demo`). All is done to copies in a temporary folder (3 GB for the demo); with an Ollama
-program at hand (PATH, OLLAMA_BIN) models are put on a server of its own, too.
+Run the recipe first (`make demo`). The harms are done to copies in a temporary folder (3 GB for the demo). Where there
+is an Ollama program (PATH, OLLAMA_BIN), models are also put on a temporary server. The fixed texts of the page are
+constants and `head`: tests/whole/test_pages.py compares them with the page.
 """
 
 from __future__ import annotations
@@ -48,39 +49,52 @@ from tests.support.corruptions.served import NASTY, served_harms, slip
 
 HEAD = """# The corruption battery
 
-Printed by `python -m docs.battery {recipe}`: each harm is done to a copy of the finished project's model, alone, and
-the checks that stand in its way say what they find. *Caught by* is the check that is there for it; others that found
-it, too, stand in brackets. `tests/export/parity/test_battery.py` does the same to tiny models of several architectures.
+Printed by `python -m docs.battery {recipe}`. Each harm is done alone, to a copy of the finished project's model, and
+the checks on its way report what they find. *Caught by* names the check that is there for this harm; other checks that
+found it stand in brackets. `tests/export/parity/test_battery.py` does the same to tiny models of several architectures.
 
-- *{merged}*: the comparison with base and adapter that merged_model ends with.
-- *{gguf}*: the proof that gguf_file ends with, here of a {kind} file.
-- *{published}*: the digests of its manifest, looked at by every plan and by `finetune verify`; a file that is not what
-  it was is made again.
+- *{merged}*: the comparison with base and adapter that ends merged_model.
+- *{gguf}*: the proof that ends gguf_file, here of a {kind} file.
+- *{published}*: the digests of its manifest. Every plan and `finetune verify` compare them; a file that has changed is
+  made again.
 - *{store}*: `finetune verify` reads every byte of it.
-- *{server}*: a model made on a real server from something other than what was asked for, looked at before it takes the
-  production name; `finetune verify` looks in the same way at what is served.
+- *{server}*: a model that a real server made from something other than what was asked for. It is checked before it
+  takes the production name; `finetune verify` checks what is served in the same way.
 
-What a flipped bit of a weight does is too little for any limit to see. An unquantised file is compared with the merged
-model bit by bit (`weights`), and any file with what was written (`bytes`, `artifact`, `blobs`).
+A flipped bit of a weight changes too little for any limit. An unquantised file is therefore compared with the merged
+model bit by bit (`weights`), and every file with what was written (`bytes`, `artifact`, `blobs`).
 """
 LIMITS = """
 ## What wrong weights do to the KL divergence
 
-In nats per token, beside the limit of the type. One layer gone wrong may stay below the limit of a coarse type: KL is
-no proof of weights. `weights` is, and found each of these.
+In nats per token, compared with the limit of the type. One wrong layer may stay below the limit of a coarse type, so KL
+does not prove weights. The check `weights` does: it found each of these harms.
 """
 TYPES = """
 ## All types of a good file
 
-Every check but `kl` passes for each. {points} places of held-out conversations; the limits are those of gguf.max_kl's
-defaults; tokens per second are of decoding here, with {cores} CPU thread(s).
+Every check except `kl` passes for each type. {points} positions of held-out conversations are compared. The limits are
+the defaults of gguf.max_kl. Tokens per second are of decoding on the machine that printed this page, with {cores} CPU
+thread(s).
 """
+HARMS = ("harm", "place", "caught by", "in its words")
+COLUMNS = ("type", "MB", "KL", "limit", "verdict", "top-1 agreement", "perplexity ratio", "tokens/s", "proof, s")
 ROWS = {"q8_0", "q4_k_m"}  # of the table of KL divergences
 WIDTH = 150  # characters of what a check says
 
 
+def head(recipe: str, kind: str) -> str:
+    """Return the beginning of the page.
+
+    Args:
+        kind: GGUF type of the file that is harmed.
+    """
+    places = {"merged": MERGED, "gguf": GGUF, "published": PUBLISHED, "store": STORE, "server": SERVER}
+    return HEAD.format(recipe=recipe, kind=kind, **places)
+
+
 def row(*cells: object) -> None:
-    """A line of a table."""
+    """Print a line of a table."""
     print("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |", flush=True)
 
 
@@ -91,7 +105,7 @@ def table(*names: str) -> None:
 
 
 def harmed(name: str, place: str, wanted: str, said: dict[str, str]) -> None:
-    """A line of the battery; it ends here if the check that must find the harm does not."""
+    """Print a line of the battery; exit if the check that must find the harm does not find it."""
     if wanted not in said:
         raise SystemExit(f"{name} in {place}: {wanted} did not find it; found by {said or 'nothing'}")
     others = ", ".join(check for check in said if check != wanted)
@@ -102,7 +116,7 @@ def harmed(name: str, place: str, wanted: str, said: dict[str, str]) -> None:
 
 @contextmanager
 def copied(path: Path, folder: Path) -> Iterator[Path]:
-    """A copy of a file or folder, for as long as it is harmed."""
+    """Yield a copy of a file or folder; delete it afterwards."""
     copy = folder / path.name
     shutil.copytree(path, copy) if path.is_dir() else shutil.copyfile(path, copy)
     try:
@@ -205,7 +219,7 @@ def distributions(files: dict[str, Path], reference: Reference, folder: Path) ->
 
 
 def all_types(files: dict[str, Path], reference: Reference) -> None:
-    table("type", "MB", "KL", "limit", "verdict", "same favourite", "perplexity ratio", "tokens/s", "proof, s")
+    table(*COLUMNS)
     for kind, file in files.items():
         started = time.monotonic()
         figures, failures = examine(file, reference, sha256=digest_of_file(file))
@@ -232,11 +246,10 @@ def main(recipe: str) -> None:
     model = next(iter(recorded({**facts, "system": NASTY}, path["gguf_file"]).values()))
     kind = "q8_0" if "q8_0" in there["gguf_file"].metrics["types"] else next(iter(there["gguf_file"].metrics["types"]))
     good = path["gguf_file"] / there["gguf_file"].metrics["types"][kind]["file"]
-    places = {"merged": MERGED, "gguf": GGUF, "published": PUBLISHED, "store": STORE, "server": SERVER}
-    print(HEAD.format(recipe=recipe, kind=kind, **places))
+    print(head(recipe, kind))
     with tempfile.TemporaryDirectory(prefix="battery-") as temporary:
         folder = Path(temporary)
-        table("harm", "place", "caught by", "in its words")
+        table(*HARMS)
         merged_weights(path["base_model"], path["lora_adapter"], path["merged_model"], held_out, folder)
         reference = refer(path["merged_model"], held_out, choose_device(kind="cpu"))
         gguf_file(good, kind, reference, folder)

@@ -1,4 +1,4 @@
-"""The model as others serve it: runs their programs, and prints what they say.
+"""Printer of docs/serving.md: the model in the servers of other programs, with their output.
 
 usage: python -m docs.serving RECIPE [> docs/serving.md]
 Run the recipe first (`make demo`). Needs curl and Ollama (on the PATH, or OLLAMA_BIN); llama.cpp's server is run, too,
@@ -34,14 +34,22 @@ from finetune_assets.reporting.errors import StepFailed
 
 HEAD = """# The model, served
 
-Printed by `python -m docs.serving {recipe}`: each command was run on the finished project, and below it stands what it
-said. The servers listened on free ports of the loopback interface, over a copy of the project; ports and paths are
-shown as a reader would have them. Answers are sampled as each program does by itself, and differ from one time to the
-next; `finetune chat` always takes the likeliest token.
+Printed by `python -m docs.serving {recipe}`. Each command was run on the finished project; its output stands below it.
+The servers listened on free ports of the loopback interface, over a copy of the project; ports and paths are replaced
+by the usual ones. Each program samples its answers as it does by default, so they differ from one run to the next;
+`finetune chat` always takes the likeliest token.
 
-Merge an adapter before it is served: `ADAPTER` in a Modelfile never ran in Ollama's own engine, and servers since
+Merge an adapter before you serve it: `ADAPTER` in a Modelfile never ran in Ollama's own engine, and servers since
 0.34.1 refuse it. [Which Ollama does what](ollama.md) has the rest.
 """
+INVENTORY = "## What can be served, and how\n"
+ACCOUNT = "## Ollama\n\nThe server's own account of the model:\n"
+CONVERSATION = "A conversation; each answer ends by itself:\n"
+ENDPOINT = "The endpoint that is compatible with OpenAI's:\n"
+VERIFIED = "The check that the server serves what was made: every byte, and an answer compared with llama.cpp's:\n"
+COMPARED = "Base model and served model, side by side:\n"
+LLAMA_CPP = "## llama.cpp's server\n"
+VLLM = "## vLLM\n\nNot run here: it needs a GPU. Its command is above, with flags from vLLM's own documentation."
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 PROMPT = "Send a message (/? for help)"  # what `ollama run` shows where one types
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\u2800-\u28ff] ?")  # movements and colours of a terminal; a spinner
@@ -49,7 +57,7 @@ WIDTH = 110
 
 
 class Shell:
-    """Runs commands in a folder, with an environment of their own, and prints them with what they say.
+    """A runner of commands in a folder, which prints each with its output.
 
     Args:
         shown: what is printed in place of paths and addresses of this machine.
@@ -59,7 +67,7 @@ class Shell:
         self.folder, self.environment, self.shown = folder, environment, shown
 
     def hear(self, command: str) -> str:
-        """What a command says."""
+        """Return the output of a command."""
         done = subprocess.run(
             command, shell=True, env=self.environment, cwd=self.folder, capture_output=True, encoding="utf-8"
         )
@@ -98,7 +106,7 @@ class Shell:
 
 
 def _read(terminal: int) -> str:
-    """What comes until one may type again, or until the program ends."""
+    """Read until the program waits for input, or ends."""
     read = b""
     while PROMPT.encode() not in read:
         try:
@@ -152,22 +160,22 @@ def main(recipe: str) -> None:
 
 def show_all(shell: Shell, recipe: str, name: str, host: str) -> None:
     print(HEAD.format(recipe=recipe))
-    print("## What can be served, and how\n")
+    print(INVENTORY)
     shell.run(f"finetune artifacts {recipe}")
-    print("## Ollama\n\nIts own account of the model:\n")
+    print(ACCOUNT)
     shell.run("ollama --version", "ollama list", f"ollama show {name}")
     shell.run(*(f"ollama show {name} --{part}" for part in ("modelfile", "template", "parameters", "system")))
-    print("A conversation, which ends by itself after each answer:\n")
+    print(CONVERSATION)
     shell.converse(f"ollama run {name}", QUESTIONS)
-    print("Its endpoint that speaks as OpenAI's does:\n")
+    print(ENDPOINT)
     lines = [line.strip() for line in shell.hear(f"finetune artifacts {recipe}").splitlines() if line[:1] == " "]
     shell.run(*(line.replace(OLLAMA, host) for line in lines if line.startswith(f"curl {OLLAMA}")))
-    print("Is what it serves what was made? Every byte, and an answer that llama.cpp was asked for, too:\n")
+    print(VERIFIED)
     shell.run(f"finetune verify {recipe}")
-    print("Before and after, side by side:\n")
+    print(COMPARED)
     for question in QUESTIONS[:2]:
         shell.run(f"finetune chat {recipe} --with base,ollama --max-new-tokens 64 -m {shlex.quote(question)}")
-    print("## llama.cpp's server\n")
+    print(LLAMA_CPP)
     serve = next(line for line in lines if line.startswith("llama-server "))
     if shutil.which("llama-server"):
         with llama_server(serve, shell) as address:
@@ -178,7 +186,7 @@ def show_all(shell: Shell, recipe: str, name: str, host: str) -> None:
             )
     else:
         print("There was no `llama-server` on the PATH.\n")
-    print("## vLLM\n\nNot run here: it wants a GPU. Its command is above, with flags of vLLM's own documentation.")
+    print(VLLM)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Published chat templates on Ollama servers of each release: which way each goes, and whether prompts are training's.
+"""Printer of docs/templates.md: how Ollama servers of each release render published chat templates.
 
 usage: python -m docs.templates LLAMA_CPP_TEMPLATES [> docs/templates.md]
 LLAMA_CPP_TEMPLATES: the folder models/templates of llama.cpp's sources (the source archive of llama-cpp-python has it
@@ -25,23 +25,24 @@ from tests.support.ollama.template_files import SPECIALS, letters_file, publishe
 
 HEAD = """# Published chat templates, and the two ways in which Ollama makes prompts
 
-Printed by `python -m docs.templates`: the chat templates that TRL brings and llama.cpp tests with, each proven twice
-against training's own rendering (transformers), over {talks} ordinary conversations and the edges.
+Printed by `python -m docs.templates`: the chat templates that TRL ships and llama.cpp tests with. Each is compared in
+both ways with training's own rendering (transformers), over {talks} ordinary conversations and the edge cases.
 
-- *TEMPLATE*: the derived Go template, in our evaluator over all conversations, and on a real Ollama {release}: a
+- *TEMPLATE*: the derived Go template, in our evaluator over all conversations, and on a real Ollama {release}. There a
   model of bytes counts the tokens of the prompt (`prompt_eval_count`), which must be as many as its bytes.
-- *Jinja*: the GGUF file's chat template in llama.cpp's engine, the one inside current servers, asked as they ask it.
-- *0.9*, *current*: what a server of that release renders prompts with (`template_choice.served_by`).
-- *tools*: whether tools, calls and results are written by a current server as transformers writes them, in the order in
-  which Ollama hands their keys on. TEMPLATEs have no tools: Go spells JSON without spaces and with sorted keys, unlike
-  what the model learnt. A TEMPLATE that names tools would be preferred to the chat template, which writes them right.
-  So tools are served by Ollama since 0.30; earlier releases refuse a request with tools ("does not support tools").
+- *Jinja*: the GGUF file's chat template in llama.cpp's engine, the one inside current servers, with their requests.
+- *0.9*, *current*: what a server of that release renders prompts with (`export.ollama.template.choice.served_by`).
+- *tools*: whether a current server writes tools, calls and results as transformers does, in the order in which Ollama
+  passes their keys on. TEMPLATEs have no tools: Go writes JSON without spaces and with sorted keys, unlike what the
+  model learnt. Servers would prefer a TEMPLATE that names tools to the chat template, which writes them correctly. So
+  Ollama serves tools since 0.30; earlier releases refuse a request with tools ("does not support tools").
 - *pinned*: what is written in front of the chat template before training, because engines answer it differently
-  (`chat.pinning`): llama.cpp tells a template `enable_thinking` and today's date where transformers says nothing.
+  (`chat.pinning`): llama.cpp passes `enable_thinking` and today's date to a template, transformers does not.
 
-*equal* means every ordinary conversation. An edge that differs is in brackets, and in the notes of ollama_model. What
-is *refused* is refused before training, by this reason. Architectures with a renderer of the server's own (gemma4,
-laguna, nemotron_h, gpt-oss) are rendered by that on current servers, whatever this table says; ollama_model says so.
+*equal* means every ordinary conversation. An edge case that differs is in brackets, and in the notes of ollama_model. A
+*refused* template is refused before training, for the reason given. Architectures with a renderer inside the server
+(gemma4, laguna, nemotron_h, gpt-oss) are rendered by it on current servers, whatever this table says; ollama_model
+reports that.
 """
 COLUMNS = ("chat template", "TEMPLATE", "Jinja", "0.9", "current", "tools", "pinned")
 CONTEXT = 32768  # bytes of a prompt, on the real server
