@@ -29,7 +29,7 @@ HEAD = """# Which Ollama does what
 
 Printed by `python -m docs.ollama {recipe}`. The finished model was published to each server below, on a free port of
 the loopback interface; the page shows each command and its output. Ports and paths are replaced by the usual ones. The
-stand-in is not Ollama: it does what the source of Ollama 0.33 and 0.34 says (`tests/support/ollama_standin.py`), and
+stand-in is not Ollama: it does what the source of Ollama 0.33 and 0.34 says (`tests/support/ollama/standin.py`), and
 copies weights with {tool}.
 
 {table}

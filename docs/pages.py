@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from docs import architecture, automation, recipe
+from docs import architecture, automation, limits, recipe
 
 DOCS = Path(__file__).resolve().parent
 PAGES: dict[str, Callable[[], str]] = {
     "architecture.md": architecture.page,
     "automation.md": automation.page,
+    "limits.md": limits.page,
     "recipe.md": recipe.page,
 }
 
