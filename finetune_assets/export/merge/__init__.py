@@ -1,1 +1,1 @@
-"""The merge of an adapter into its base model, block by block. Front door: `merge`."""
+"""Merge of an adapter into its base model, block by block. Front door: `merge`."""

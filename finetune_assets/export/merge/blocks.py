@@ -1,7 +1,7 @@
-"""The work of a streamed merge: tensors that stay are copied by the kernel, the others computed a few rows at a time.
+"""Writing of a streamed merge: the kernel copies unchanged tensors; the others are computed a few rows at a time.
 
-A block of rows is read, converted, multiplied, added and written while it is in a core's cache, by one thread for each
-core. How rows are cut into blocks changes no bit: an element of B A is the same sum whatever is computed beside it.
+One thread per core reads, converts, multiplies, adds and writes a block of rows while it is in the core's cache. The
+size of blocks does not change a bit of the result: an element of B A is the same sum in any block.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from finetune_assets.reporting.errors import StepFailed
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 18  # weights: 1 MiB in float32; fewer cost more calls, more do not stay in a core's cache
-PORTION = 1 << 23  # weights that a thread takes at a time
-FEWEST = 16  # rows of a block: products of a row or two may be summed in another order
+BLOCK = 1 << 18  # weights: 1 MiB in float32; smaller blocks cost more calls, larger ones leave a core's cache
+PORTION = 1 << 23  # weights of one job of a thread
+FEWEST = 16  # rows of a block at least: products of one or two rows may be summed in another order
 
 
 @dataclass(frozen=True)
 class Update:
-    """What happens to one base weight W of shape (out, in): W + scale * B A, then DoRA's magnitude where there is one.
+    """The update of one base weight W of shape (out, in): W + scale * B A, then DoRA's magnitude if there is one.
 
     `a`, `b` and `magnitude` are names of adapter tensors of shapes (r, in), (out, r) and (out,).
     """
@@ -43,7 +43,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a tensor of the merged model comes from: a stored tensor, changed or as it is."""
+    """The source of a merged tensor: a stored tensor, and its update if it has one."""
 
     checkpoint: Checkpoint
     name: str
@@ -57,8 +57,8 @@ def write_shards(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, do
     """Write each file with its tensors, which are in file order.
 
     Args:
-        device: torch's name of where to compute.
-        done: is called after each tensor.
+        device: torch's name of the device that computes.
+        done: called after each tensor.
 
     Raises:
         StepFailed: a weight is not finite once merged, or does not fit its type.
@@ -66,7 +66,7 @@ def write_shards(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, do
     import torch
 
     threads = torch.get_num_threads()
-    # one thread of torch's to each of ours
+    # each of our threads computes with one thread of torch
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     queues: list[list[tuple[_Tensor, tuple[int, int]]]] = []
     for path, origins in shards.items():
@@ -75,7 +75,7 @@ def write_shards(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, do
         for_file = zip(origins, places, strict=True)
         tensors = [_Tensor(spec, origin, lora, device, path, place) for (spec, origin), place in for_file]
         queues.append([(tensor, portion) for tensor in tensors for portion in tensor.portions()])
-    # the files in turn: of two threads that write to one file, one waits
+    # jobs alternate between files: of two threads that write to one file, one waits
     in_turn = [job for turn in itertools.zip_longest(*queues) for job in turn if job is not None]
     try:
         jobs = {pool.submit(tensor.write, *portion): tensor.spec.name for tensor, portion in in_turn}
@@ -92,7 +92,7 @@ def write_shards(shards: Mapping[Path, Shard], lora: Checkpoint, device: str, do
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor on its way into a file, where its first byte has a place."""
+    """One tensor, the file it is written to, and the offset of its first byte there."""
 
     spec: Spec
     origin: Origin
@@ -103,11 +103,11 @@ class _Tensor:
 
     @property
     def width(self) -> int:
-        """Weights of a row; what is not multiplied is cut wherever it suits."""
+        """Weights of a row; a tensor without an update has rows of one weight, so that it can be cut anywhere."""
         return max(1, self.spec.shape[1]) if self.origin.update is not None else 1
 
     def portions(self) -> list[tuple[int, int]]:
-        """Ranges of rows, one for each job."""
+        """Return ranges of rows, one for each job."""
         return self._parts(0, math.prod(self.spec.shape) // self.width, PORTION)
 
     def write(self, first: int, last: int) -> None:
@@ -142,7 +142,7 @@ class _Tensor:
             written.write(low, block.made_bytes)
 
     def _parts(self, first: int, last: int, weights: int) -> list[tuple[int, int]]:
-        """The rows in parts of nearly the same length, of about so many weights."""
+        """Cut rows into parts of nearly equal length, of about `weights` weights each."""
         count = (last - first) // max(FEWEST, weights // self.width) or 1
         edges = [first + (last - first) * number // count for number in range(count + 1)]
         return list(itertools.pairwise(edges))
@@ -158,9 +158,9 @@ class _Tensor:
 
 
 class _Block:
-    """Memory for some rows: as they are stored, in float32, and as they will be written.
+    """Memory for some rows: as stored, in float32, and as written.
 
-    One for all blocks of a portion, and views made once: fresh memory would cost more than the arithmetic.
+    All blocks of a job share it, and views are created once: new memory would cost more than the arithmetic.
     """
 
     def __init__(self, raw: torch.Tensor, weight: torch.Tensor, made: torch.Tensor):
@@ -183,21 +183,22 @@ class _Block:
         return cls(raw, weight, weight.to("cpu", getattr(torch, made)))
 
     def first(self, rows: int) -> _Block:
-        """A view of the first rows."""
+        """Return a view of the first rows."""
         raw = self.raw[:rows]
         weight = raw if self.weight is self.raw else self.weight[:rows]
         return _Block(raw, weight, weight if self.made is self.weight else self.made[:rows])
 
     def finite(self) -> bool:
-        """Whether nothing that will be written is infinite or NaN.
+        """Return whether all values to be written are finite.
 
-        Read as integers these are the largest of their sign: signed ones show the positive, unsigned the negative.
+        Read as integers, infinity and NaN are the largest of their sign: signed integers show the positive ones,
+        unsigned integers the negative ones.
         """
         return all(bits.max() < least for bits, least in zip(self._bits, self._least, strict=True))
 
 
 class _Change:
-    """An update, ready to be applied to at most `rows` rows at a time. The arithmetic and its order are PEFT's."""
+    """An update that can be applied to at most `rows` rows at a time, by PEFT's arithmetic in PEFT's order."""
 
     def __init__(self, update: Update, lora: Checkpoint, rows: int, device: str):
         import torch
@@ -212,7 +213,7 @@ class _Change:
         self.delta = torch.empty(0 if self.one_pass else rows, width, device=device)
 
     def apply(self, weight: torch.Tensor, first: int, last: int) -> None:
-        """Change the rows `weight` (float32, those from `first` up to `last`) in place. Shape (last - first, in)."""
+        """Change rows in place: float32, those from `first` up to `last`. Shape (last - first, in)."""
         import torch
 
         b = self.b[first:last]
@@ -228,21 +229,21 @@ class _Change:
 
 @functools.cache
 def _one_pass(rows: int, rank: int, width: int, scale: float, device: str) -> bool:
-    """Whether addmm has the bits of PEFT's product, multiplication and sum one after another; found by trying.
+    """Try whether addmm returns the bits of PEFT's separate product, multiplication and sum.
 
-    It has where nothing is rounded between them: a scale that is a power of two, and a rank that the library does not
-    sum in parts.
+    It does if nothing is rounded in between: the scale is a power of two, and the library does not sum the rank in
+    parts.
     """
     import torch
 
-    chance = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shapes = ((rows, width), (rows, rank), (rank, width))
-    weight, b, a = (torch.randn(shape, generator=chance, device=device) for shape in shapes)
+    weight, b, a = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
     return torch.equal(torch.addmm(weight, b, a, alpha=scale), weight + (b @ a) * scale)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a tensor, whose rows follow each other."""
+    """Return the memory of a contiguous tensor."""
     import torch
 
     return tensor.view(-1).view(torch.uint8).numpy().data

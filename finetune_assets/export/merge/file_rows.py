@@ -1,4 +1,4 @@
-"""Rows of a matrix where they lie in a file: read into memory, written from it, copied to another file."""
+"""Rows of a matrix in a file: read into memory, written from memory, copied to another file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from finetune_assets.reporting.errors import StepFailed
 
-# of a kernel or file system that cannot do what was asked for
+# errors of a kernel or file system that does not support a call
 CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM}
 
 
 def create(path: Path, start: bytes, size: int) -> None:
-    """A new file with these first bytes and room for `size`.
+    """Create a file with these first bytes, and reserve `size` bytes for it.
 
-    Room that is set aside at once costs the kernel half of what finding it with each write does, and a disk that is too
-    small says so (OSError) before anything is computed.
+    One reservation costs the kernel half of what growing the file with each write does. A disk that is too small raises
+    OSError before anything is computed.
     """
     with path.open("wb") as file:
         file.write(start)
@@ -33,14 +33,14 @@ def create(path: Path, start: bytes, size: int) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """An open file's descriptor, the place of the first row's first byte, and the bytes of a row."""
+    """The descriptor of an open file, the offset of its first row, and the size of a row in bytes."""
 
     file: int
     begin: int
     size: int
 
     def read(self, first: int, into: memoryview) -> None:
-        """Fill `into` with the rows from `first` on; StepFailed where the file ends before."""
+        """Fill `into` with the rows from `first` on; StepFailed if the file ends before that."""
         at = self.begin + first * self.size
         while len(into):
             if not (got := os.preadv(self.file, [into], at)):
@@ -48,14 +48,14 @@ class Rows:
             into, at = into[got:], at + got
 
     def write(self, first: int, data: memoryview) -> None:
-        """Write rows, the first of them in the place of row `first`."""
+        """Write rows, beginning at row `first`."""
         at = self.begin + first * self.size
         while len(data):
             done = os.pwrite(self.file, data, at)
             data, at = data[done:], at + done
 
     def copy(self, first: int, last: int, to: Rows) -> None:
-        """Copy the rows from `first` up to `last` to the same rows there; the kernel does it where it can."""
+        """Copy the rows from `first` up to `last` to the same rows of another file, in the kernel where it can."""
         at, place, left = self.begin + first * self.size, to.begin + first * to.size, (last - first) * self.size
         while left and hasattr(os, "copy_file_range"):
             try:

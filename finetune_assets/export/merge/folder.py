@@ -21,9 +21,9 @@ FROM_ADAPTER = (
 
 
 def copy_files(base: Path, adapter: Path, out: Path, *, trust: bool) -> None:
-    """Tokenizer and chat files from the adapter (else the base), the other files from the base.
+    """Copy tokenizer and chat files from the adapter (else from the base), and the other files from the base.
 
-    The model's own code comes along if it is trusted; the tokenizer's is written to the adapter with the tokenizer.
+    The model's own code is copied if it is trusted. The tokenizer's code lies in the adapter, beside the tokenizer.
     """
     code = (SOURCES,) if trust else ()
     for folder, patterns in ((base, (*FROM_BASE, *FROM_ADAPTER, *code)), (adapter, (*FROM_ADAPTER, *code))):
@@ -37,13 +37,13 @@ def copy_files(base: Path, adapter: Path, out: Path, *, trust: bool) -> None:
 def write_configurations(
     config: dict[str, Any], chat: Path, out: Path, *, tied: bool | None, export_dtype: ExportDtype
 ) -> None:
-    """The base model's configurations, with our stop tokens and what the merge has changed.
+    """Write the base model's configurations with our stop tokens and the changes of the merge.
 
     Args:
         config: the base model's config.json.
         chat: the adapter's chat.json, which may be missing.
         out: the merged model's folder, with the base model's generation_config.json if it has one.
-        tied: the new tie_word_embeddings; None: as it was.
+        tied: the new tie_word_embeddings; None keeps the old value.
     """
     if export_dtype != "auto":
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": export_dtype}
@@ -63,9 +63,9 @@ def write_configurations(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model's or an adapter's folder; StepFailed where it is missing or none."""
+    """Read a JSON file of a model's or an adapter's folder; StepFailed if it is missing or is not a JSON object."""
     if not path.exists():
-        raise StepFailed(f"{path} is missing", f"{path.parent} is not what it should be; make or fetch it again")
+        raise StepFailed(f"{path} is missing", f"make or fetch {path.parent} again")
     try:
         return read_model_json(path)
     except BadInput as error:

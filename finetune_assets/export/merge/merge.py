@@ -1,8 +1,8 @@
-"""Merge a LoRA adapter into its base model, a few rows at a time: memory is some blocks of them, not one model's.
+"""Merge of a LoRA adapter into its base model, a few rows at a time: the model is never in memory as a whole.
 
-Covers LoRA, rsLoRA and DoRA on linear layers, and modules saved whole; the arithmetic and its order are PEFT's, so
-that the result in float32 equals `merge_and_unload` bit for bit. Any other adapter goes through PEFT itself, with the
-whole model in memory, and the report says so. A quantised base is refused.
+The stream covers LoRA, rsLoRA and DoRA on linear layers, and modules saved whole. It does PEFT's arithmetic in PEFT's
+order, so the float32 result equals that of `merge_and_unload` bit for bit. PEFT itself merges any other adapter, with
+the whole model in memory; the report then names the reason. A quantised base model is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune_assets.models.formats.safetensors import (
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.reporting.events import Progress, StepProgress, silent
 
-# Where a configuration says how its weights were quantised: Hugging Face's, compressed-tensors' of old, MLX's.
+# Keys under which a configuration describes its quantisation: Hugging Face's, old compressed-tensors', MLX's.
 QUANTISED = ("quantization_config", "compression_config", "quantization")
 
 
@@ -43,13 +43,13 @@ def merge(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Write `base` with `adapter` merged into it as a Hugging Face folder to `out`.
+    """Merge `adapter` into `base`, and write the result to `out` as a Hugging Face folder.
 
     Args:
         export_size: largest shard, in GB (10^9 bytes).
         export_dtype: dtype of the floating-point weights; "auto" keeps each tensor's own.
-        trust_remote_code: run the base's own code, where PEFT does the work.
-        device: torch's name of where to compute; elsewhere than on the CPU sums may be rounded otherwise.
+        trust_remote_code: run the base model's own code where PEFT merges.
+        device: torch's name of the device that computes; devices other than the CPU may round sums differently.
         progress: is called with a `StepProgress` for each tensor that is written.
 
     Returns:
@@ -80,24 +80,25 @@ def merge(
 
 
 def refuse_quantised(config: dict[str, Any], base: Path) -> None:
-    """BadInput for a base model whose weights are not the real ones any more, by its configuration or by its files."""
+    """Raise BadInput for a base model that is quantised, by its configuration or by its files."""
     parts = (config, config.get("text_config") or {})
-    said = next((part[key] for part in parts for key in QUANTISED if part.get(key)), None)
-    if said is not None:
-        method = (said.get("quant_method") if isinstance(said, dict) else None) or json.dumps(said)
+    quantisation = next((part[key] for part in parts for key in QUANTISED if part.get(key)), None)
+    if quantisation is not None:
+        stated = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        method = stated or json.dumps(quantisation)
     elif (stored := quantised_tensor(base)) is not None:
         method = f"{stored.name} is stored as {stored.dtype}"
     else:
         return
     raise BadInput(
-        f"{base} is quantised ({method}): an adapter merged into rounded weights is not the model that was trained",
+        f"{base} is quantised ({method}): an adapter merged into quantised weights is not the trained model",
         "train and merge with the unquantised base model; quantise afterwards (gguf.types)",
     )
 
 
 @dataclass(frozen=True)
 class _Stream:
-    """A streamed merge: configurations of base and adapter, and what the recipe wants of the result."""
+    """A streamed merge: the configurations of base and adapter, and the options of the result."""
 
     config: dict[str, Any]
     adapter_config: dict[str, Any]
@@ -107,7 +108,7 @@ class _Stream:
     progress: Progress
 
     def write(self, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
-        """Write the weights and their index; what `merge` reports, and "tied" (see `Plan`)."""
+        """Write the weights and their index; return the report of `merge`, with "tied" (see `Plan`)."""
         with Checkpoint(base) as weights, Checkpoint(adapter, "adapter_model.safetensors") as lora:
             plan = plan_merge(weights, lora, self.config, self.adapter_config)
             specs = [merged_spec(name, plan, weights, self.export_dtype) for name in plan.source]
@@ -129,7 +130,7 @@ class _Stream:
         }
 
     def _counter(self, steps: int) -> Callable[[], None]:
-        """A function that reports one tensor more with each call."""
+        """Return a function that reports one more tensor with each call."""
         done = 0
 
         def count() -> None:

@@ -14,43 +14,44 @@ from finetune_assets.models.formats.safetensors import FLOATS, Checkpoint, Spec
 from finetune_assets.reporting.errors import BadInput
 
 ExportDtype = Literal["auto", "float32", "float16", "bfloat16"]
+Shape = tuple[int, ...]
 
-# Everything in an adapter's configuration that the streamed merge knows, or that leaves the weights alone.
+# Keys of an adapter's configuration that the streamed merge implements, or that do not affect the weights.
 UNDERSTOOD = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules",
     "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode",
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "megatron_core",
     "qalora_group_size", "bias", "init_lora_weights",
 }  # fmt: skip
-PREFIX = "base_model.model."  # of an adapter's tensors
+PREFIX = "base_model.model."  # of the names of an adapter's tensors
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 HEAD = "lm_head.weight"
 PEFT_DEFAULT = 8  # of r and of lora_alpha
 
 
 class NeedsPeft(Exception):
-    """Why this adapter cannot be merged by streaming."""
+    """The reason why the streamed merge cannot merge an adapter."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors of the merged model, and where each comes from."""
+    """All tensors of the merged model, and the source of each."""
 
-    source: dict[str, str]  # merged tensor -> base tensor it starts from
+    source: dict[str, str]  # merged tensor -> base tensor that it starts from
     updates: dict[str, Update]  # merged tensor -> its LoRA update
     replaced: dict[str, str]  # merged tensor -> adapter tensor that takes the base tensor's place, before any update
-    tied: bool | None  # what tie_word_embeddings has to say; None: leave the configuration alone
+    tied: bool | None  # the new tie_word_embeddings; None keeps the configuration's
 
 
 def plan_merge(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], adapter_config: dict[str, Any]) -> Plan:
-    """Decide how each tensor of the merged model is made.
+    """Decide how each tensor of the merged model is computed.
 
     Args:
-        weights, config: the base model's.
-        lora, adapter_config: the adapter's.
+        weights, config: tensors and configuration of the base model.
+        lora, adapter_config: tensors and configuration of the adapter.
 
     Raises:
-        NeedsPeft: the adapter does something that the streamed merge does not.
+        NeedsPeft: the streamed merge does not implement something that the adapter does.
         BadInput: the adapter does not belong to the base model, or is incomplete.
     """
     _check_vocabulary(weights, lora)
@@ -79,7 +80,7 @@ def plan_merge(weights: Checkpoint, lora: Checkpoint, config: dict[str, Any], ad
 
 
 def origin(name: str, plan: Plan, weights: Checkpoint, lora: Checkpoint) -> Origin:
-    """The stored tensor that a tensor of the merged model is made of, and its update."""
+    """Return the stored tensor that a merged tensor starts from, and its update."""
     update = plan.updates.get(name)
     if (replacement := plan.replaced.get(name)) is not None:
         return Origin(lora, replacement, update)
@@ -87,7 +88,7 @@ def origin(name: str, plan: Plan, weights: Checkpoint, lora: Checkpoint) -> Orig
 
 
 def merged_spec(name: str, plan: Plan, weights: Checkpoint, export_dtype: ExportDtype) -> Spec:
-    """Dtype and shape of a tensor of the merged model."""
+    """Return dtype and shape of a merged tensor."""
     stored = weights.spec(plan.source[name])
     cast = export_dtype != "auto" and stored.dtype in FLOATS.values()
     dtype = FLOATS[export_dtype] if cast else stored.dtype
@@ -95,7 +96,7 @@ def merged_spec(name: str, plan: Plan, weights: Checkpoint, export_dtype: Export
 
 
 def _check_vocabulary(weights: Checkpoint, lora: Checkpoint) -> None:
-    """BadInput where the adapter brings embeddings, or an output layer, of more or fewer tokens than the base has."""
+    """Raise BadInput if the adapter's embeddings or output layer have another number of tokens than the base model."""
     if (embeddings := _embeddings(weights)) is None:
         return
     tokens, width = weights.spec(embeddings).shape
@@ -106,8 +107,8 @@ def _check_vocabulary(weights: Checkpoint, lora: Checkpoint) -> None:
         if name.endswith(".weight") and shape[0] != tokens:
             raise BadInput(
                 f"{lora.folder}: {name} has {shape[0]} tokens, {weights.folder} has {tokens}",
-                "if tokens were added before training, add them to the base model, too, and merge into that "
-                "(resize_token_embeddings, save_pretrained); else the adapter is another model's",
+                "if tokens were added before training, add them to the base model too, and merge into that "
+                "(resize_token_embeddings, save_pretrained); otherwise use the adapter's own base model",
             )
 
 
@@ -116,15 +117,18 @@ def _check_understood(adapter_config: dict[str, Any]) -> None:
         raise NeedsPeft(f"adapter type {adapter_config.get('peft_type')}")
     if adapter_config.get("bias", "none") != "none":
         raise NeedsPeft(f"trained biases (bias: {adapter_config['bias']})")
-    if isinstance(how := adapter_config.get("init_lora_weights", True), str) and how not in ("gaussian", "orthogonal"):
-        raise NeedsPeft(f"init_lora_weights: {how} changes the base weights")
+    if isinstance(initial := adapter_config.get("init_lora_weights", True), str) and initial not in (
+        "gaussian",
+        "orthogonal",
+    ):
+        raise NeedsPeft(f"init_lora_weights: {initial} changes the base weights")
     for key, value in sorted(adapter_config.items()):
         if key not in UNDERSTOOD and value:
             raise NeedsPeft(f"{key} is set")
 
 
 def _trained(lora: Checkpoint) -> dict[str, str]:
-    """The adapter's tensors, by their names in the base model, without the ones that PEFT writes but never reads."""
+    """Return the adapter's tensors by their names in the base model, without those that PEFT writes but never reads."""
     trained = {name.removeprefix(PREFIX): name for name in lora}
     return {short: name for short, name in trained.items() if BESIDE.sub(".", short) not in trained.keys() - {short}}
 
@@ -132,7 +136,7 @@ def _trained(lora: Checkpoint) -> dict[str, str]:
 def _with_ends(
     weights: Checkpoint, config: dict[str, Any], lora: Checkpoint, trained: dict[str, str]
 ) -> tuple[dict[str, str], dict[str, str], bool]:
-    """Source and trained tensors once it is settled whether input and output embeddings are one tensor, and if so."""
+    """Return source and trained tensors, and whether input and output embeddings are one tensor in the result."""
     source = {name: name for name in weights}
     embeddings = _embeddings(weights)
     if not _tied(weights, config, embeddings):
@@ -146,22 +150,22 @@ def _with_ends(
         return source, {short: name for short, name in trained.items() if short != HEAD}, True
     if not touched:
         return source, trained, True
-    # One of the two was trained without the other: they are two tensors from now on.
+    # Only one of the two was trained, so that they differ: the result stores both.
     return source | {HEAD: embeddings}, trained, False
 
 
 def _embeddings(weights: Checkpoint) -> str | None:
-    """The name of the input embeddings, where it is known."""
+    """Return the name of the input embeddings; None if it is not known."""
     names = [name for name in weights if name.endswith("embed_tokens.weight")]
     return names[0] if len(names) == 1 else None
 
 
 def _tied(weights: Checkpoint, config: dict[str, Any], embeddings: str | None) -> bool:
-    """Whether output and input embeddings are one tensor; two that are stored and differ are not, whatever is said."""
-    said = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
+    """Return whether input and output embeddings are one tensor; if two different ones are stored, they are not."""
+    stated = config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings"))
     if HEAD not in weights:
-        return said is None or bool(said)
-    return bool(said) and (embeddings is None or _equal(weights, embeddings, HEAD))
+        return stated is None or bool(stated)
+    return bool(stated) and (embeddings is None or _equal(weights, embeddings, HEAD))
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -171,10 +175,10 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _update(module: str, name: str, lora: Checkpoint, adapter_config: dict[str, Any]) -> Update:
-    """The update of a module's weight, whose lora_A is the tensor `name`."""
+    """Return the update of a module's weight; `name` is the module's lora_A."""
     partner, magnitude = f"{PREFIX}{module}{LORA_B}", f"{PREFIX}{module}{MAGNITUDE}"
     if partner not in lora:
-        raise BadInput(f"{lora.folder}: {name} has no {partner} beside it", "make or fetch the adapter again")
+        raise BadInput(f"{lora.folder}: {name} has no {partner}", "make or fetch the adapter again")
     has_magnitude = bool(adapter_config.get("use_dora"))
     if has_magnitude != (magnitude in lora):
         raise NeedsPeft(f"use_dora and the magnitudes of {module} disagree")
@@ -194,7 +198,7 @@ def _scale(module: str, config: dict[str, Any], rank: int, folder: Path) -> floa
 
 
 def _pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as PEFT matches it."""
+    """Return the value of the first pattern that matches the end of a module's name, as PEFT matches it."""
     return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -209,17 +213,19 @@ def _check_shapes(plan: Plan, weights: Checkpoint, lora: Checkpoint) -> None:
         sizes = [(update.a, a, (a[0], shape[1])), (update.b, b, (shape[0], a[0]))]
         if update.magnitude is not None:
             sizes.append((update.magnitude, lora.spec(update.magnitude).shape, (shape[0],)))
-        for name, has, wants in sizes:
-            _same_shape(name, has, wants, weights, lora)
+        for name, actual, expected in sizes:
+            _same_shape(name, actual, expected, weights, lora)
     for target, name in plan.replaced.items():
         if not {lora.spec(name).dtype, weights.spec(plan.source[target]).dtype} <= set(FLOATS.values()):
             raise NeedsPeft(f"{name} or what it replaces is neither float32 nor a 16-bit float")
         _same_shape(name, lora.spec(name).shape, weights.spec(plan.source[target]).shape, weights, lora)
 
 
-def _same_shape(name: str, has: tuple[int, ...], wants: tuple[int, ...], weights: Checkpoint, lora: Checkpoint) -> None:
-    if has != wants:
+def _same_shape(
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], weights: Checkpoint, lora: Checkpoint
+) -> None:
+    if shape != expected:
         raise BadInput(
-            f"{lora.folder}: {name} has shape {list(has)}, {weights.folder.name} needs {list(wants)}",
+            f"{lora.folder}: {name} has shape {list(shape)}, {weights.folder.name} needs {list(expected)}",
             "the adapter was trained on another base model",
         )

@@ -1,7 +1,7 @@
-"""The merge of what `merge` cannot stream: PEFT's own, with the whole model in memory.
+"""Merge of the adapters that `merge` cannot stream: by PEFT, with the whole model in memory.
 
-PEFT rounds an update to the base's type before it adds it, which is far off wherever a weight and its update nearly
-cancel. Here each layer is merged in float32 and rounded once, as in the streamed merge.
+PEFT rounds an update to the base's dtype before it adds it. Where a weight and its update nearly cancel, the relative
+error is large. Here each layer is merged in float32 and rounded once, as in the streamed merge.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finetune_assets.models.formats.safetensors import Checkpoint
 from finetune_assets.models.loading import load_network
 from finetune_assets.reporting.errors import BadInput, StepFailed
 
-# What PEFT writes into an adapter beside the tensors that it reads, once tokens were added to the base model.
+# Tensors that PEFT writes into an adapter but never reads, once tokens were added to the base model.
 BESIDE = re.compile(r"\.(modules_to_save|original_module|token_adapter)\.")
 
 
@@ -30,10 +30,10 @@ def merge_with_peft(
     device: str,
     trust_remote_code: bool,
 ) -> dict[str, Any]:
-    """Write the weights of the merged model to `out`, all in one type: the configuration's where the recipe says auto.
+    """Write the weights of the merged model to `out`, all in one dtype: the configuration's if `export_dtype` is auto.
 
     Returns:
-        What `merge` reports, and "tied": False if embeddings and output layer are one tensor no more.
+        The report of `merge`, with "tied": False if embeddings and output layer no longer are one tensor.
 
     Raises:
         BadInput: PEFT cannot merge the adapter, or it does not belong to the base.
@@ -70,22 +70,24 @@ def merge_with_peft(
 
 
 def _refuse(config: dict[str, Any], adapter: Path) -> None:
-    """BadInput for what PEFT would pass over without a word, or could not do again."""
+    """Raise BadInput for settings that PEFT would ignore silently, or could not reproduce."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind: Any = config.get("peft_type")
     upgrade = f"install the PEFT that wrote it ({config.get('peft_version') or 'not stated'}), and train again"
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise BadInput(f"{adapter}: PEFT {peft.__version__} knows no adapters of type {kind}", upgrade)
+        raise BadInput(f"{adapter}: PEFT {peft.__version__} does not know adapters of type {kind}", upgrade)
     known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
-    if strange := sorted(key for key, value in config.items() if value and key not in known):
-        raise BadInput(f"{adapter}: PEFT {peft.__version__} does not know {strange[0]}, which is set there", upgrade)
+    if unknown := sorted(key for key, value in config.items() if value and key not in known):
+        raise BadInput(
+            f"{adapter}: PEFT {peft.__version__} does not support {unknown[0]}, which its configuration sets", upgrade
+        )
     if config.get("layer_replication"):
-        raise BadInput(f"{adapter}: layer_replication makes a model of other layers than the base's", "leave it out")
+        raise BadInput(f"{adapter}: layer_replication builds a model with other layers", "leave it out")
     if str(config.get("init_lora_weights")).startswith("pissa_niter"):
         raise BadInput(
-            f"{adapter} began with a random decomposition of the base (pissa_niter), which cannot be had again",
+            f"{adapter} began with a random decomposition of the base (pissa_niter), which cannot be reproduced",
             "save it as a plain adapter (save_pretrained with path_initial_model_for_weight_conversion)",
         )
 
@@ -97,17 +99,17 @@ def _adapted(model: Any, base: Path, adapter: Path) -> Any:
     try:
         tuned = PeftModel(model, PeftConfig.from_pretrained(str(adapter)))
         if not hasattr(tuned.base_model, "merge_and_unload"):
-            raise BadInput(f"{adapter} is no change of weights, so it cannot be merged", "train LoRA")
+            raise BadInput(f"{adapter} does not change weights, so that it cannot be merged", "train LoRA")
         loaded = tuned.load_adapter(str(adapter), "default", use_safetensors=True)
     except (RuntimeError, ValueError, KeyError) as error:
         raise BadInput(f"PEFT cannot put {adapter} on {base}: {str(error).strip().splitlines()[0]}", other) from error
-    if strange := [name for name in loaded.unexpected_keys if not BESIDE.search(name)]:
-        raise BadInput(f"{base} has no place for {strange[0]} of {adapter}", other)
+    if unexpected := [name for name in loaded.unexpected_keys if not BESIDE.search(name)]:
+        raise BadInput(f"{base} has no tensor for {unexpected[0]} of {adapter}", other)
     return tuned
 
 
 def _untie(tuned: Any) -> None:
-    """Where an adapter changes embeddings or output layer, and they are one tensor: one each."""
+    """Split a tensor that serves as embeddings and output layer if the adapter changes one of the two."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.nn import Parameter
 
@@ -121,7 +123,7 @@ def _untie(tuned: Any) -> None:
 
 
 def _merge_layers(tuned: Any, dtype: Any) -> None:
-    """Merge every layer in float32, then round it to `dtype`, or to what it had; one at a time, for memory's sake."""
+    """Merge each layer in float32, then round it to `dtype`, or to its earlier dtype; one at a time to save memory."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in list(tuned.modules()):

@@ -87,10 +87,10 @@ def test_an_adapter_of_the_embeddings_leaves_the_head_alone(tmp_path: Path, tied
 
 
 REFUSED = {
-    "a key of a newer PEFT": ({"use_warp": True}, "does not know use_warp, which is set there"),
-    "a kind of a newer PEFT": ({"peft_type": "WARP"}, "knows no adapters of type WARP"),
+    "a key of a newer PEFT": ({"use_warp": True}, "does not know use_warp, which its configuration sets"),
+    "a kind of a newer PEFT": ({"peft_type": "WARP"}, "does not know adapters of type WARP"),
     "a random decomposition": ({"init_lora_weights": "pissa_niter_4"}, "a random decomposition of the base"),
-    "more layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication makes a model of other layers"),
+    "more layers": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication builds a model with other layers"),
     "no rank": ({"r": None}, "has rank 4, adapter_config.json says None"),
 }
 
@@ -113,7 +113,7 @@ def test_a_prompt_is_no_change_of_weights(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", tied=False)
     config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=4)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(str(tmp_path / "adapter"))
-    with pytest.raises(BadInput, match="is no change of weights, so it cannot be merged"):
+    with pytest.raises(BadInput, match="does not change weights, so that it cannot be merged"):
         merge(base, tmp_path / "adapter", tmp_path / "out", export_size=5, export_dtype="auto")
 
 
