@@ -1,6 +1,6 @@
 """Pages of docs/ that a long run prints: their fixed texts, limits and lists are those of the code.
 
-docs/templates.md is compared in tests/export/ollama/test_templates_page.py, pages made from code alone in test_pages.py.
+docs/templates.md is compared in tests/export/ollama/test_templates_page.py, other pages in test_pages.py.
 """
 
 from __future__ import annotations
