@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
 import psutil
 from dagster import DagsterInstance, DagsterRun, DagsterRunStatus, RunsFilter
-
-from finetune_assets.assets.keys import word_of
 
 PROCESS_TAG = "finetune/process"
 UNFINISHED = [
@@ -32,8 +31,11 @@ def this_process() -> dict[str, str]:
 
 
 def tag_run(context: dg.AssetExecutionContext) -> None:
-    """Put this process's tag on the run of a step, if it has none yet."""
-    if PROCESS_TAG not in context.run.tags:
+    """Put this process's tag on the run of a step, if it has none yet.
+
+    Another executor starts a process for each step, which ends before the run does: such a run gets no tag.
+    """
+    if PROCESS_TAG not in context.run.tags and context.job_def.executor_def.name == dg.in_process_executor.name:
         context.instance.add_run_tags(context.run.run_id, this_process())
 
 
@@ -70,11 +72,15 @@ def end_dead_runs(instance: DagsterInstance) -> list[str]:
     return ended
 
 
-def unfinished_run_of(recipe: str, instance: DagsterInstance) -> DagsterRun | None:
-    """A run that is making something of the recipe, or is about to."""
+def unfinished_run_of(recipe: str, instance: DagsterInstance, chain: Sequence[str]) -> DagsterRun | None:
+    """Return a run that materialises something of the recipe, or is about to.
+
+    Args:
+        chain: the parts that the keys of all assets of the recipe begin with.
+    """
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         selected = run.asset_selection or ()
-        if run.tags.get("recipe") == recipe or any(key.path[0] == word_of(recipe) for key in selected):
+        if run.tags.get("recipe") == recipe or any([*key.path][: len(chain)] == [*chain] for key in selected):
             return run
     return None
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 import dagster as dg
 
+from finetune_assets.assets.mount import HOME, Mount
 from finetune_assets.lineage.readings import FILES, Reading
 from finetune_assets.recipe import DATASETS, Recipe
 
@@ -33,46 +34,65 @@ def word_of(recipe: str) -> str:
     return f"{word}_{hashlib.sha256(recipe.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
-def job_name(recipe: str) -> str:
+def stem(recipe: str, mount: Mount = HOME) -> str:
+    """Return the beginning of the names of a recipe's job, sensors and schedule."""
+    return "_".join([*(_word(part) for part in mount.prefix), word_of(recipe)])
+
+
+def job_name(recipe: str, mount: Mount = HOME) -> str:
     """The job that brings every asset of a recipe up to date."""
-    return f"{word_of(recipe)}_job"
+    return f"{stem(recipe, mount)}_job"
 
 
-def asset_key(recipe: Recipe, asset: str) -> dg.AssetKey:
-    return dg.AssetKey([word_of(recipe.name), asset])
+def group_name(recipe: Recipe, mount: Mount = HOME) -> str:
+    """Return the asset group of a recipe's assets."""
+    return mount.group or stem(recipe.name, mount)
 
 
-def values_key(recipe: Recipe, asset: str) -> dg.AssetKey:
+def chain_key(recipe: str, mount: Mount = HOME) -> list[str]:
+    """Return the parts that the keys of all assets of a recipe begin with."""
+    return [*mount.prefix, word_of(recipe)]
+
+
+def asset_key(recipe: Recipe, asset: str, mount: Mount = HOME) -> dg.AssetKey:
+    return dg.AssetKey([*chain_key(recipe.name, mount), asset])
+
+
+def values_key(recipe: Recipe, asset: str, mount: Mount = HOME) -> dg.AssetKey:
     """The node of the recipe values that an asset reads."""
-    return dg.AssetKey([word_of(recipe.name), f"{asset}_config"])
+    return dg.AssetKey([*chain_key(recipe.name, mount), f"{asset}_config"])
 
 
-def file_key(recipe: Recipe, dataset: str) -> dg.AssetKey:
-    """The node of a data set's file and registry entry: one for all recipes that read it."""
+def file_key(recipe: Recipe, dataset: str, mount: Mount = HOME) -> dg.AssetKey:
+    """The node of a data set's file and registry entry: one for all recipes of this project that read it."""
     folder = PurePosixPath(recipe.dataset.dataset_dir)
     above = [] if folder == PurePosixPath("data") else [_word(part) for part in folder.parts or (".",)]
-    return dg.AssetKey([DATASETS, *above, _word(dataset)])
+    chain = chain_key(recipe.name, mount) if mount.own_datasets else []
+    return dg.AssetKey([*chain, DATASETS, *above, _word(dataset)])
 
 
-def source_keys(recipe: Recipe, asset: str) -> list[dg.AssetKey]:
+def source_keys(recipe: Recipe, asset: str, mount: Mount = HOME) -> list[dg.AssetKey]:
     """The nodes that an asset reads beside its upstream assets."""
-    return [values_key(recipe, asset), *(file_key(recipe, name) for name in recipe.dataset.dataset if asset == FILES)]
+    files = recipe.dataset.dataset if asset == FILES else []
+    return [values_key(recipe, asset, mount), *(file_key(recipe, name, mount) for name in files)]
 
 
-def source_versions(recipe: Recipe, asset: str, reading: Reading) -> dict[dg.AssetKey, str]:
+def source_versions(recipe: Recipe, asset: str, reading: Reading, mount: Mount = HOME) -> dict[dg.AssetKey, str]:
     """The versions of those nodes."""
-    files = {file_key(recipe, name): digest for name, digest in reading.files.items()}
-    return {values_key(recipe, asset): reading.version, **files}
+    files = {file_key(recipe, name, mount): digest for name, digest in reading.files.items()}
+    return {values_key(recipe, asset, mount): reading.version, **files}
 
 
-def read_tags(recipe: Recipe, asset: str, reading: Reading, upstreams: Mapping[str, str]) -> dict[str, str]:
+def read_tags(
+    recipe: Recipe, asset: str, reading: Reading, upstreams: Mapping[str, str], mount: Mount = HOME
+) -> dict[str, str]:
     """Provenance: the versions that were read, which Dagster's own last observation need not be.
 
     Args:
         upstreams: data version of every upstream asset.
     """
-    versions = source_versions(recipe, asset, reading)
-    versions |= {asset_key(recipe, name): version for name, version in upstreams.items()}
+    versions = source_versions(recipe, asset, reading, mount)
+    versions |= {asset_key(recipe, name, mount): version for name, version in upstreams.items()}
     return {READ + key.to_user_string(): version for key, version in versions.items()}
 
 

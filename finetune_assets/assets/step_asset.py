@@ -8,7 +8,8 @@ from typing import Any
 
 import dagster as dg
 
-from finetune_assets.assets.keys import asset_key, read_tags, source_keys, word_of
+from finetune_assets.assets.keys import asset_key, group_name, read_tags, source_keys, word_of
+from finetune_assets.assets.mount import HOME, OWNERS, Mount
 from finetune_assets.export.serving_commands import commands as serving_commands
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.materialise import Step, materialise
@@ -24,6 +25,7 @@ from finetune_assets.reporting.masking import mask, masked_error
 from finetune_assets.reporting.printable import printable
 from finetune_assets.store.artifact import Artifact, Made
 from resources.dead_runs import tag_run
+from resources.gpu import GpuResource
 from resources.worker_pipes import run_worker
 
 FORCE_TAG = "finetune/force"
@@ -48,24 +50,25 @@ class StepAsset:
     describe: Callable[[Artifact], Mapping[str, dg.MetadataValue]]
 
 
-def define(spec: StepAsset, recipe: Recipe, project: Project) -> dg.AssetsDefinition:
+def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
     """The Dagster asset `<recipe>/<name>`."""
     node = NODES[spec.name]
 
     @dg.asset(
-        key=asset_key(recipe, spec.name),
-        deps=[*source_keys(recipe, spec.name), *(asset_key(recipe, up.asset) for up in node.upstreams)],
-        group_name=word_of(recipe.name),
+        key=asset_key(recipe, spec.name, mount),
+        deps=[*source_keys(recipe, spec.name, mount), *(asset_key(recipe, up.asset, mount) for up in node.upstreams)],
+        group_name=group_name(recipe, mount),
         description=_description(spec, recipe),
         kinds=spec.kinds,
-        owners=["team:fine-tuning"],
+        owners=list(mount.owners or OWNERS),
+        tags=mount.tags,
         code_version=node.code_version,
-        required_resource_keys={"gpu"},
+        required_resource_keys={mount.gpu},
         pool=spec.pool,
     )
     def step(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         try:
-            return _run(spec, recipe, project, context)
+            return _run(spec, recipe, project, mount, context)
         except FinetuneError as error:
             failure = error
         except Exception as error:  # a run ends with a message that names the asset, whatever a library raised
@@ -83,19 +86,21 @@ def _description(spec: StepAsset, recipe: Recipe) -> str:
     return spec.description if named else f"{spec.description} Of the recipe {recipe.name}."
 
 
-def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+def _run(
+    spec: StepAsset, recipe: Recipe, project: Project, mount: Mount, context: dg.AssetExecutionContext
+) -> dg.MaterializeResult:
     """Make the asset, or find it up to date; report what Dagster is told."""
     publish(spec.name, Begin())
     tag_run(context)
 
     def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        gpu = context.resources.gpu
+        gpu: GpuResource = getattr(context.resources, mount.gpu)
         with gpu.lease(progress) as lease:
             return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
 
     force = context.run.tags.get(FORCE_TAG) == "true"
     forced = [spec.name] if force else []
-    check_prerequisites(recipe, project, open_store(project), _selected(recipe, context), forced=forced)
+    check_prerequisites(recipe, project, open_store(project), _selected(recipe, mount, context), forced=forced)
     reporter = _reporter(spec.name, context.log.info)
     outcome = materialise(spec.name, recipe, project, spec.build, reporter, launch=launch, force=force)
     artifact = outcome.artifact
@@ -105,14 +110,14 @@ def _run(spec: StepAsset, recipe: Recipe, project: Project, context: dg.AssetExe
     return dg.MaterializeResult(
         data_version=dg.DataVersion(artifact.data_version),
         metadata=page(spec, artifact, recipe, project, reused=outcome.reused),
-        tags=read_tags(recipe, spec.name, reading, upstreams),
+        tags=read_tags(recipe, spec.name, reading, upstreams, mount),
     )
 
 
-def _selected(recipe: Recipe, context: dg.AssetExecutionContext) -> list[str]:
+def _selected(recipe: Recipe, mount: Mount, context: dg.AssetExecutionContext) -> list[str]:
     """The assets that a run is to bring up to date."""
     selected = context.run.asset_selection
-    return [name for name in NODES if not selected or asset_key(recipe, name) in selected]
+    return [name for name in NODES if not selected or asset_key(recipe, name, mount) in selected]
 
 
 def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, project: Project, *, reused: bool) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,38 @@ def load_recipe(path: Path) -> Recipe:
         more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
         raise BadInput("\n".join([*(f"{path}:{line}: {_short(text)}" for line, text in listed[:SHOWN]), *more]))
     return recipe
+
+
+def recipe_of(values: Mapping[str, Any], name: str, where: str) -> Recipe:
+    """Check a recipe that is written inside another file.
+
+    Args:
+        where: what the messages begin with, such as the other file's path.
+
+    Raises:
+        BadInput: one line for each thing that is wrong.
+    """
+    problems = [f"the name {name!r} names the recipe's assets: {why}"] if (why := name_problem(name)) else []
+    if "name" in values:
+        problems.append("name: it stands beside the recipe, not in it")
+    try:
+        recipe = Recipe.model_validate({**values, "name": name})
+    except ValidationError as error:
+        problems += sorted({_short(explain(item, _suggestion)) for item in error.errors()[:SHOWN]})
+    if problems:
+        raise BadInput("\n".join(f"{where}: {text}" for text in problems))
+    return recipe
+
+
+def renamed(recipe: Recipe, name: str, where: str) -> Recipe:
+    """Give a recipe a name other than its file's.
+
+    Raises:
+        BadInput: the name cannot be a recipe's; the message begins with `where`.
+    """
+    if (why := name_problem(name)) is not None:
+        raise BadInput(f"{where}: the name {name!r} names the recipe's assets: {why}")
+    return recipe.model_copy(update={"name": name})
 
 
 def _name_problems(path: Path) -> Iterator[str]:

@@ -51,7 +51,7 @@ class Project:
         own = Path(__file__).resolve().parents[2]
         for root in [Path(named).absolute()] if named else [here, *here.parents, own]:
             if _is_project(root):
-                return cls(root.resolve(), _home(root.resolve()))
+                return cls(root.resolve(), state_folder(root.resolve()))
         where = f"FINETUNE_PROJECT={named}" if named else f"neither {here} nor a folder above it"
         raise BadInput(
             f"no project found: {where} holds {'no ' if named else ''}configs/ and pyproject.toml",
@@ -66,13 +66,22 @@ def _is_project(root: Path) -> bool:
         return False
 
 
-def _home(root: Path) -> Path:
-    home = root / (os.environ.get("DAGSTER_HOME") or "dagster_home")
+def state_folder(root: Path, home: str | None = None) -> Path:
+    """Return where a project's state is.
+
+    Args:
+        home: a folder, relative to the project; if not given, DAGSTER_HOME, else `dagster_home`.
+
+    Raises:
+        BadInput: it cannot be a folder.
+    """
+    setting = "home" if home else "DAGSTER_HOME"
+    folder = root / (home or os.environ.get("DAGSTER_HOME") or "dagster_home")
     try:
-        if not stat.S_ISDIR(home.stat().st_mode):
+        if not stat.S_ISDIR(folder.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        return home.resolve()
+        return folder.resolve()
     except FileNotFoundError:  # it is made when it is needed
-        return home.resolve()
+        return folder.resolve()
     except OSError as error:
-        raise BadInput(f"DAGSTER_HOME={home}: {error.strerror}", "set DAGSTER_HOME to a folder, or unset it") from None
+        raise BadInput(f"{setting}={folder}: {error.strerror}", f"set {setting} to a folder, or unset it") from None

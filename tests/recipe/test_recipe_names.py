@@ -11,7 +11,7 @@ import pytest
 from dagster import DagsterInstance
 
 from finetune_assets.assets.automation import chain
-from finetune_assets.assets.keys import job_name, word_of
+from finetune_assets.assets.keys import chain_key, job_name, word_of
 from finetune_assets.cli import commands as cli
 from finetune_assets.definitions import load_definitions
 from finetune_assets.recipe import name_problem
@@ -53,7 +53,7 @@ def test_it_works_from_end_to_end(
     with DagsterInstance.from_config(str(project.home)) as instance:
         (run,) = instance.get_runs(dg.RunsFilter(tags={"recipe": NAME}))
         assert run.is_success and run.job_name == job_name(NAME)
-        assert unfinished_run_of(NAME, instance) is None
+        assert unfinished_run_of(NAME, instance, chain_key(NAME)) is None
         definitions = load_definitions(project)
         repository = definitions.get_repository_def()
         sensor = repository.get_sensor_def(f"{word_of(NAME)}_retrain")

@@ -81,11 +81,6 @@ EXEMPTIONS = (
     ),
     Exemption(
         date(2026, 11, 24),
-        "the names that Dagster gives to recipes are in a room below resources",
-        ("resources/dead_runs.py: imports assets.keys, which is not below resources",),
-    ),
-    Exemption(
-        date(2026, 11, 24),
         "the recipe judges unusual cron expressions without Dagster, or leaves them to assets/automation",
         ("finetune_assets/recipe/cron.py: imports dagster, which recipe may not",),
     ),

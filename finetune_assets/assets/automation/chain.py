@@ -10,6 +10,7 @@ from finetune_assets.assets.all_assets import STEPS
 from finetune_assets.assets.automation.sensors import failure_sensor, observe_sensor, retrain_sensor, schedule
 from finetune_assets.assets.automation.sources import dataset_nodes, values_nodes
 from finetune_assets.assets.keys import asset_key, job_name
+from finetune_assets.assets.mount import HOME, Mount
 from finetune_assets.assets.step_asset import define
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
@@ -18,20 +19,21 @@ from resources.gpu import GpuResource
 from resources.webhook import WebhookResource
 
 
-def recipe_definitions(recipe: Recipe, project: Project) -> dg.Definitions:
+def recipe_definitions(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.Definitions:
     """Everything that Dagster shows of a recipe but its data sets."""
     job = dg.define_asset_job(
-        job_name(recipe.name),
+        job_name(recipe.name, mount),
         # by name, as the group of one recipe's values (x_config) can be that of a second recipe
-        selection=dg.AssetSelection.assets(*(asset_key(recipe, step.name) for step in STEPS)),
+        selection=dg.AssetSelection.assets(*(asset_key(recipe, step.name, mount) for step in STEPS)),
         description=f"Bring every asset of the recipe {recipe.name} up to date.",
         tags={"recipe": recipe.name},
+        executor_def=dg.in_process_executor,
     )
     return dg.Definitions(
-        assets=[*(define(step, recipe, project) for step in STEPS), values_nodes(recipe, project)],
+        assets=[*(define(step, recipe, project, mount) for step in STEPS), values_nodes(recipe, project, mount)],
         jobs=[job],
-        sensors=[retrain_sensor(recipe, project)],
-        schedules=[schedule(recipe, project)] if recipe.schedule.cron is not None else [],
+        sensors=[retrain_sensor(recipe, project, mount)],
+        schedules=[schedule(recipe, project, mount)] if recipe.schedule.cron is not None else [],
     )
 
 

@@ -22,6 +22,7 @@ from finetune_assets.assets.keys import (
     source_versions,
     values_key,
 )
+from finetune_assets.assets.mount import HOME, Mount
 from finetune_assets.assets.step_asset import page
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.identity import shown
@@ -33,10 +34,10 @@ POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wa
 Event = dg.AssetObservation | dg.AssetMaterialization
 
 
-def pending_events(observed: Observed, instance: DagsterInstance) -> list[Event]:
+def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount = HOME) -> list[Event]:
     """The events that bring Dagster up to date on a recipe; none when it is."""
     found: list[Event] = []
-    for event in observations(observed):
+    for event in observations(observed, mount):
         records = instance.fetch_observations(event.asset_key, limit=1).records
         if _differs(records[0].asset_observation if records else None, event.tags):
             found.append(event)
@@ -44,7 +45,8 @@ def pending_events(observed: Observed, instance: DagsterInstance) -> list[Event]
         artifact = observed.plan[step.name].artifact
         if artifact is None:
             continue
-        key, tags = asset_key(observed.recipe, step.name), _up_to_date_with(step.name, artifact, observed)
+        key = asset_key(observed.recipe, step.name, mount)
+        tags = _up_to_date_with(step.name, artifact, observed, mount)
         record = instance.get_latest_materialization_event(key)
         if _differs(record.asset_materialization if record else None, tags):
             found.append(
@@ -55,20 +57,20 @@ def pending_events(observed: Observed, instance: DagsterInstance) -> list[Event]
     return found
 
 
-def observations(observed: Observed) -> Iterator[dg.AssetObservation]:
+def observations(observed: Observed, mount: Mount = HOME) -> Iterator[dg.AssetObservation]:
     """Versions of everything that the recipe's assets read from outside of the lineage."""
     for asset, reading in observed.readings.items():
-        for key, version in source_versions(observed.recipe, asset, reading).items():
-            metadata = _values(observed, asset) if key == values_key(observed.recipe, asset) else {}
+        for key, version in source_versions(observed.recipe, asset, reading, mount).items():
+            metadata = _values(observed, asset) if key == values_key(observed.recipe, asset, mount) else {}
             yield dg.AssetObservation(key, metadata=metadata, tags={DATA_VERSION: version})
 
 
-def _up_to_date_with(asset: str, artifact: Artifact, observed: Observed) -> dict[str, str]:
+def _up_to_date_with(asset: str, artifact: Artifact, observed: Observed, mount: Mount) -> dict[str, str]:
     """The tags of a materialisation that would find this artifact published."""
     node = NODES[asset]
     used = {up.asset: observed.plan[up.asset].artifact for up in node.upstreams}
     upstreams = {name: upstream.data_version for name, upstream in used.items() if upstream is not None}
-    read = read_tags(observed.recipe, asset, observed.readings[asset], upstreams)
+    read = read_tags(observed.recipe, asset, observed.readings[asset], upstreams, mount)
     return {
         CODE_VERSION: node.code_version,
         DATA_VERSION: artifact.data_version,

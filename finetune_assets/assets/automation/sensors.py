@@ -4,14 +4,19 @@ Both ask the plan. A sensor is level-triggered: it does not wait for a change to
 what the recipe asks for, so nothing that changed while it was off, or while a run was going, is lost.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
 from finetune_assets.assets.automation.events import pending_events
-from finetune_assets.assets.keys import asset_key, job_name, word_of
+from finetune_assets.assets.automation.sources import recipe_now
+from finetune_assets.assets.keys import asset_key, chain_key, job_name, stem
+from finetune_assets.assets.mount import HOME, Mount
 from finetune_assets.lineage.readings import Observed, observe
 from finetune_assets.recipe import Recipe
-from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name, recipe_path
+from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name
 from finetune_assets.recipe.project import Project
 from finetune_assets.reporting.errors import FinetuneError, clean, unforeseen
 from resources.dead_runs import end_dead_runs, unfinished_run_of
@@ -21,22 +26,23 @@ TARGET_TAG = "finetune/target"
 OBSERVE_SECONDS = 30
 
 
-def retrain_sensor(recipe: Recipe, project: Project) -> dg.SensorDefinition:
+def retrain_sensor(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.SensorDefinition:
     """Starts a run for what is stale of a recipe: one for each target, never beside another run of the recipe."""
 
     @dg.sensor(
-        name=f"{word_of(recipe.name)}_retrain",
-        job_name=job_name(recipe.name),
+        name=f"{stem(recipe.name, mount)}_retrain",
+        job_name=job_name(recipe.name, mount),
         minimum_interval_seconds=recipe.schedule.minimum_interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING if recipe.schedule.on_change else dg.DefaultSensorStatus.STOPPED,
         description=f"Runs what is stale of {recipe.name}, once it has stayed as it is from one look to the next.",
     )
     def retrain(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        now = load_recipe(recipe_path(recipe.name, project.configs))
+        chain = chain_key(recipe.name, mount)
+        now = recipe_now(recipe, project, mount)
         if recipe.schedule.on_change and not now.schedule.on_change:
             return dg.SensorResult(skip_reason=f"schedule.on_change of {recipe.name} is off")
         end_dead_runs(context.instance)
-        if (run := unfinished_run_of(recipe.name, context.instance)) is not None:
+        if (run := unfinished_run_of(recipe.name, context.instance, chain)) is not None:
             return dg.SensorResult(skip_reason=f"run {run.run_id[:8]} of {recipe.name} is {run.status.value.lower()}")
         observed = observe(now, project)
         if not observed.stale:
@@ -55,26 +61,26 @@ def retrain_sensor(recipe: Recipe, project: Project) -> dg.SensorDefinition:
             )
         # one key for a target after a given run: asked twice, it is still one run
         return dg.SensorResult(
-            [request(observed, run_key=f"{target} after {last.run_id if last else 'none'}")], cursor=target
+            [request(observed, mount, run_key=f"{target} after {last.run_id if last else 'none'}")], cursor=target
         )
 
     return retrain
 
 
-def schedule(recipe: Recipe, project: Project) -> dg.ScheduleDefinition:
+def schedule(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.ScheduleDefinition:
     """Runs what is stale of a recipe at the times of `schedule.cron`, whether or not it failed the last time."""
 
     @dg.schedule(
-        name=f"{word_of(recipe.name)}_schedule",
-        job_name=job_name(recipe.name),
+        name=f"{stem(recipe.name, mount)}_schedule",
+        job_name=job_name(recipe.name, mount),
         cron_schedule=str(recipe.schedule.cron),
         execution_timezone=recipe.schedule.execution_timezone,
         default_status=dg.DefaultScheduleStatus.RUNNING,
     )
     def at_its_time(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         end_dead_runs(context.instance)
-        observed = observe(load_recipe(recipe_path(recipe.name, project.configs)), project)
-        return request(observed) if observed.stale else dg.SkipReason("everything is up to date")
+        observed = observe(recipe_now(recipe, project, mount), project)
+        return request(observed, mount) if observed.stale else dg.SkipReason("everything is up to date")
 
     return at_its_time
 
@@ -82,8 +88,29 @@ def schedule(recipe: Recipe, project: Project) -> dg.ScheduleDefinition:
 def observe_sensor(project: Project) -> dg.SensorDefinition:
     """Tells Dagster what changed in recipes and data, so that its pages show what is stale. Starts nothing."""
 
+    def recipes() -> dict[str, Callable[[], Recipe]]:
+        return {recipe_name(path): partial(load_recipe, path) for path in recipe_files(project.configs)}
+
+    return _observing("observe", project, HOME, recipes)
+
+
+def observe_one_sensor(recipe: Recipe, project: Project, mount: Mount) -> dg.SensorDefinition:
+    """Observe one recipe that is mounted in another Dagster project."""
+    recipes = {recipe.name: partial(recipe_now, recipe, project, mount)}
+    return _observing(f"{stem(recipe.name, mount)}_observe", project, mount, lambda: recipes)
+
+
+def _observing(
+    name: str, project: Project, mount: Mount, recipes: Callable[[], Mapping[str, Callable[[], Recipe]]]
+) -> dg.SensorDefinition:
+    """Build a sensor that observes recipes.
+
+    Args:
+        recipes: returns each recipe's name with a function that reads the recipe.
+    """
+
     @dg.sensor(
-        name="observe",
+        name=name,
         minimum_interval_seconds=OBSERVE_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Looks at the files of recipes and data sets and reports those that changed. Starts no run.",
@@ -91,12 +118,12 @@ def observe_sensor(project: Project) -> dg.SensorDefinition:
     def look(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         end_dead_runs(context.instance)
         events, broken = [], []
-        for path in recipe_files(project.configs):
+        for recipe, read in recipes().items():
             try:
-                events += pending_events(observe(load_recipe(path), project), context.instance)
+                events += pending_events(observe(read(), project), context.instance, mount)
             except Exception as error:  # whatever is wrong with one recipe, the others are looked at
                 known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
-                broken.append(f"{clean(recipe_name(path))}: {known}")
+                broken.append(f"{clean(recipe)}: {known}")
                 context.log.warning(broken[-1])
         unique = {(event.asset_key, str(event.tags)): event for event in events}  # recipes share data sets
         return dg.SensorResult(
@@ -125,11 +152,11 @@ def failure_sensor() -> dg.SensorDefinition:
     return tell
 
 
-def request(observed: Observed, run_key: str | None = None) -> dg.RunRequest:
+def request(observed: Observed, mount: Mount = HOME, run_key: str | None = None) -> dg.RunRequest:
     """A run for what is stale."""
     return dg.RunRequest(
         run_key=run_key,
-        asset_selection=[asset_key(observed.recipe, name) for name in observed.stale],
+        asset_selection=[asset_key(observed.recipe, name, mount) for name in observed.stale],
         tags={TARGET_TAG: observed.target},
     )
 

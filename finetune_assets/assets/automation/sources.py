@@ -11,7 +11,8 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.automation.events import observations
-from finetune_assets.assets.keys import DATA_VERSION, file_key, values_key, word_of
+from finetune_assets.assets.keys import DATA_VERSION, file_key, group_name, stem, values_key
+from finetune_assets.assets.mount import HOME, OWNERS, Mount
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.readings import observe
 from finetune_assets.recipe import DATASETS, Recipe
@@ -21,42 +22,47 @@ from finetune_assets.reporting.errors import FinetuneError, unforeseen
 from finetune_assets.reporting.masking import masked_error
 
 
-def values_nodes(recipe: Recipe, project: Project) -> dg.AssetsDefinition:
+def values_nodes(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
     """The recipe's values: a node for each asset, of what it reads."""
     specs = [
         dg.AssetSpec(
-            values_key(recipe, node.name),
+            values_key(recipe, node.name, mount),
             description=f"What `{node.name}` reads of the recipe: {', '.join(f'`{read}`' for read in node.reads)}.",
-            group_name=f"{word_of(recipe.name)}_config",
+            group_name=f"{group_name(recipe, mount)}_config",
             kinds={"yaml"},
+            owners=list(mount.owners or OWNERS),
+            tags=mount.tags,
         )
         for node in NODES.values()
     ]
 
     def observe_values(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
-        yield from _seen(context, [recipe], project)
+        yield from _seen(context, [recipe], project, mount)
 
-    return _observable(f"{word_of(recipe.name)}__config", specs, observe_values)
+    return _observable(f"{stem(recipe.name, mount)}__config", specs, observe_values)
 
 
-def dataset_nodes(recipes: Sequence[Recipe], project: Project) -> list[dg.AssetsDefinition]:
+def dataset_nodes(recipes: Sequence[Recipe], project: Project, mount: Mount = HOME) -> list[dg.AssetsDefinition]:
     """A node for each data set that a recipe names."""
-    readers = {file_key(recipe, name): recipe for recipe in recipes for name in recipe.dataset.dataset}
+    readers = {file_key(recipe, name, mount): recipe for recipe in recipes for name in recipe.dataset.dataset}
     specs = [
         dg.AssetSpec(
             key,
             description=f"A data set of `{recipe.dataset.dataset_dir}`: its file, and its entry in dataset_info.json.",
-            group_name=DATASETS,
+            group_name=f"{group_name(recipe, mount)}_{DATASETS}" if mount.own_datasets else DATASETS,
             kinds={"json"},
+            owners=list(mount.owners or OWNERS),
+            tags=mount.tags,
         )
         for key, recipe in readers.items()
     ]
 
     def observe_datasets(context: dg.AssetExecutionContext) -> Iterator[dg.ObserveResult]:
         selected = {readers[key].name: readers[key] for key in sorted(context.selected_asset_keys)}
-        yield from _seen(context, list(selected.values()), project)
+        yield from _seen(context, list(selected.values()), project, mount)
 
-    return [_observable(f"{DATASETS}__files", specs, observe_datasets)] if specs else []
+    name = f"{stem(recipes[0].name, mount)}__{DATASETS}" if mount.own_datasets else f"{DATASETS}__files"
+    return [_observable(name, specs, observe_datasets)] if specs else []
 
 
 def _observable(name: str, specs: Sequence[dg.AssetSpec], observe: Callable[..., Any]) -> dg.AssetsDefinition:
@@ -65,11 +71,22 @@ def _observable(name: str, specs: Sequence[dg.AssetSpec], observe: Callable[...,
         return dg.multi_observable_source_asset(name=name, specs=specs, can_subset=True)(observe)
 
 
-def _seen(context: dg.AssetExecutionContext, recipes: Sequence[Recipe], project: Project) -> Iterator[dg.ObserveResult]:
+def recipe_now(recipe: Recipe, project: Project, mount: Mount) -> Recipe:
+    """Read a recipe again: it may have changed since the code location was loaded.
+
+    Raises:
+        BadInput: it cannot be read any more, or is wrong.
+    """
+    return mount.read() if mount.read else load_recipe(recipe_path(recipe.name, project.configs))
+
+
+def _seen(
+    context: dg.AssetExecutionContext, recipes: Sequence[Recipe], project: Project, mount: Mount
+) -> Iterator[dg.ObserveResult]:
     left = set(context.selected_asset_keys)
     for recipe in recipes:
         try:
-            found = list(observations(observe(load_recipe(recipe_path(recipe.name, project.configs)), project)))
+            found = list(observations(observe(recipe_now(recipe, project, mount), project), mount))
         except Exception as error:
             known = error if isinstance(error, FinetuneError) else unforeseen(error, f"the look at {recipe.name}")
             raise dg.Failure(description=str(known), allow_retries=False) from masked_error(error)
