@@ -1,4 +1,7 @@
-"""The recipe: what declares one lineage. Front door of this room; it needs pydantic alone."""
+"""The recipe: the typed declaration of one lineage, and the project that holds it.
+
+This room knows nothing of what the values do. Front door: this module, which hands names on; `recipe.file` reads files.
+"""
 
 from finetune_assets.recipe.did_you_mean import did_you_mean
 from finetune_assets.recipe.recipe import Recipe, name_problem

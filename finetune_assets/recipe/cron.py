@@ -1,7 +1,7 @@
-"""Cron expressions: whether Dagster can follow one.
+"""Cron expressions: whether Dagster accepts one.
 
-The usual ones are judged here, because loading Dagster takes seconds and `finetune plan` does not need it otherwise.
-Every other expression is judged by Dagster itself, whose croniter knows more (`L`, `#`, wrapped ranges).
+This module checks the usual ones, because importing Dagster takes seconds and `finetune plan` does not need it
+otherwise. Dagster itself checks every other expression: its croniter knows more (`L`, `#`, wrapped ranges).
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ FORM = re.compile(r"[0-9A-Za-z*,/#-]{1,200}(?: +[0-9A-Za-z*,/#-]{1,200}){4}")
 
 
 def cron_problem(expression: str) -> str | None:
-    """Say what is wrong with a cron expression of five fields; None if Dagster can follow it."""
+    """Return what is wrong with a cron expression of five fields; None if Dagster accepts it."""
     fields = expression.lower().split()
     if not FORM.fullmatch(expression):
-        return "is no cron expression: minute, hour, day, month and weekday, as in '0 3 * * *'"
+        return "is not a valid cron expression: write minute, hour, day, month and weekday, as in '0 3 * * *'"
     usual = [_values(text, *limits) for text, limits in zip(fields, FIELDS, strict=True)]
     if None in usual:
-        return None if _dagster_takes(expression) else "is no cron expression that Dagster can follow"
+        return None if _dagster_accepts(expression) else "is not a valid cron expression for Dagster"
     days, months = usual[2] or set(), usual[3] or set()
     if fields[4] == "*" and all(min(days) > DAYS[month - 1] for month in months):
-        return "names a day that none of its months has"
+        return "names a day that does not exist in its months"
     return None
 
 
 def _values(text: str, least: int, most: int, names: dict[str, int]) -> set[int] | None:
-    """The values of one field; None where it is not of the usual kind."""
+    """Return the values of one field; None if it is not of the usual kind."""
     values: set[int] = set()
     for item in text.split(","):
         if (match := ITEM.fullmatch(item)) is None:
@@ -57,7 +57,7 @@ def _number(text: str, names: dict[str, int]) -> int | None:
     return int(text) if text.isdecimal() else names.get(text)
 
 
-def _dagster_takes(expression: str) -> bool:
+def _dagster_accepts(expression: str) -> bool:
     import dagster as dg
 
     try:

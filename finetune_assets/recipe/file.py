@@ -1,4 +1,4 @@
-"""Recipes on disk: find one by name, read it, and say everything that is wrong with it at once."""
+"""Recipes on disk: find one by name, read it, and report all its errors at once."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_assets.inputs.pydantic_errors import explain
+from finetune_assets.inputs.pydantic_errors import Location, explain
 from finetune_assets.inputs.regular_files import why_not_regular
 from finetune_assets.recipe import DATASETS, Recipe, Section, did_you_mean, name_problem
 from finetune_assets.recipe.recipe import sections
-from finetune_assets.recipe.yaml_text import Document, Path_
+from finetune_assets.recipe.yaml_text import Document
 from finetune_assets.reporting.errors import BadInput
 
-SHOWN = 20  # problems listed of one file; more say no more
+SHOWN = 20  # errors listed for one file
 LONGEST_PATH = 4096  # bytes, PATH_MAX of Linux
 
 
 def recipe_files(configs: Path) -> list[Path]:
-    """Return every recipe of the project, by name."""
+    """Return the recipe files of the project, sorted by name."""
     return sorted(path for path in configs.glob("*.yaml") if not path.name.startswith((".", "_")))
 
 
 def recipe_name(path: Path) -> str:
-    """The name of a recipe by its file. Composed characters: macOS may store `é` as two, and both are one name."""
+    """Return the name of a recipe file, in composed characters (NFC): macOS may store `é` as two characters."""
     return unicodedata.normalize("NFC", path.stem)
 
 
 def recipe_path(name: str, configs: Path) -> Path:
-    """Return where the recipe of a name is, if there is one."""
+    """Return the path of the recipe with a name, whether it exists or not."""
     path = configs / f"{name}.yaml"
     if name.isascii() or os.path.lexists(path):
         return path
@@ -41,20 +41,23 @@ def recipe_path(name: str, configs: Path) -> Path:
 
 
 def find_recipe(spec: str, configs: Path) -> Path:
-    """Find the file of a recipe given by its name in `configs` or by a path.
+    """Find the file of a recipe.
+
+    Args:
+        spec: the name of a recipe in `configs`, or a path.
 
     Raises:
         BadInput: there is no such recipe.
     """
     if "\0" in spec or len(os.fsencode(spec)) > LONGEST_PATH:
-        raise BadInput(f"unknown recipe {spec[:60]!r}...", "a recipe is a file in configs/ or any path ending in .yaml")
+        raise BadInput(f"unknown recipe {spec[:60]!r}...", "name a file in configs/, or give a path that ends in .yaml")
     path = Path(spec)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         own = recipe_path(recipe_name(path), configs)
         if why_not_regular(path) is None and why_not_regular(own) is None and not path.samefile(own):
             raise BadInput(
-                f"{spec}: its assets would take the place of those of {own}",
-                "give the file another name: a recipe's assets are named after it",
+                f"{spec}: its assets would replace those of {own}",
+                "rename the file: the assets have the name of the recipe file",
             )
         if os.path.lexists(path):
             return path
@@ -65,7 +68,7 @@ def find_recipe(spec: str, configs: Path) -> Path:
     known = [recipe_name(file) for file in recipe_files(configs)]
     raise BadInput(
         f"unknown recipe {spec!r}{did_you_mean(spec, known) if known else ''}",
-        f"a recipe is a file in {configs.name}/ (say its name) or any path ending in .yaml",
+        f"name a file in {configs.name}/, or give a path that ends in .yaml",
     )
 
 
@@ -73,7 +76,7 @@ def load_recipe(path: Path) -> Recipe:
     """Read and check one recipe.
 
     Raises:
-        BadInput: one line for each thing that is wrong, with file, line and key. Whatever the file is or holds.
+        BadInput: the file cannot be read or has errors; one line for each error, with file, line and key.
     """
     document = Document(path)
     if not document.problems and not isinstance(document.value, dict):
@@ -82,12 +85,12 @@ def load_recipe(path: Path) -> Recipe:
     recipe = None
     if document.value is not None:
         if "name" in document.value:
-            problems.append((document.line(("name",)), "name: a recipe is named by its file; remove this key"))
+            problems.append((document.line(("name",)), "name: the file name is the recipe's name; remove this key"))
         try:
             recipe = Recipe.model_validate({**document.value, "name": recipe_name(path)})
         except ValidationError as error:
-            found = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
-            problems += [(document.line(item["loc"]), explain(item, _suggestion)) for item in found[: SHOWN + 1]]
+            errors = sorted(error.errors(), key=lambda item: document.line(item["loc"]))
+            problems += [(document.line(item["loc"]), explain(item, _suggestion)) for item in errors[: SHOWN + 1]]
     if problems or recipe is None:
         listed = sorted(set(problems))
         more = [f"{path}: ... and more like these"] if len(listed) > SHOWN else []
@@ -130,9 +133,9 @@ def renamed(recipe: Recipe, name: str, where: str) -> Recipe:
 def _name_problems(path: Path) -> Iterator[str]:
     name = recipe_name(path)
     if (why := name_problem(name)) is not None:
-        yield f"the file's name {name!r} names the recipe's assets: {why}; rename the file"
+        yield f"the file's name {name!r} cannot be a recipe's name: {why}; rename the file"
     if name == DATASETS:
-        yield f"the name {name!r} is taken by the group of the data sets: rename the file"
+        yield f"the name {name!r} is reserved for the group of the data sets; rename the file"
     if not name.isascii():
         for other in recipe_files(path.parent):
             if other.name != path.name and recipe_name(other) == name:
@@ -140,7 +143,9 @@ def _name_problems(path: Path) -> Iterator[str]:
 
 
 def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
-    """Two recipes that serve under one name, to Ollama whatever its case, would take each other's place for ever.
+    """Refuse a recipe whose Ollama name another recipe has; they would keep replacing each other's model.
+
+    Ollama ignores the case of names.
 
     Raises:
         BadInput: another recipe has the same `ollama.name`.
@@ -149,22 +154,22 @@ def refuse_rivals(recipe: Recipe, others: Iterable[Recipe]) -> None:
     rivals = [other.name for other in others if other.name != recipe.name and other.ollama.name.lower() == name]
     if rivals:
         raise BadInput(
-            f"ollama.name {recipe.ollama.name!r} of {recipe.name} is also that of {', '.join(rivals)}",
-            "each would replace the other's model: give one of them another name",
+            f"ollama.name {recipe.ollama.name!r} of {recipe.name} is also the name in {', '.join(rivals)}",
+            "give one of them a different name: each would replace the other's model",
         )
 
 
 def readable_recipes(configs: Path) -> list[Recipe]:
-    """Every recipe of the project that can be read."""
-    found = []
+    """Return the recipes of the project that can be read."""
+    recipes = []
     for path in recipe_files(configs):
         with contextlib.suppress(BadInput):
-            found.append(load_recipe(path))
-    return found
+            recipes.append(load_recipe(path))
+    return recipes
 
 
 def json_schema() -> dict[str, Any]:
-    """The recipe's JSON schema, for editors (`# yaml-language-server: $schema=...`)."""
+    """Return the recipe's JSON schema, for editors (`# yaml-language-server: $schema=...`)."""
     schema = Recipe.model_json_schema()
     schema["properties"].pop("name")
     schema["required"].remove("name")
@@ -172,14 +177,14 @@ def json_schema() -> dict[str, Any]:
 
 
 def _short(text: str) -> str:
-    """A problem in a few lines, whatever long value it quotes."""
+    """Shorten an error that quotes a long value."""
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-200:]}"
 
 
-def _suggestion(where: Path_) -> str:
-    """The nearest key of the section, or the section that does have a key of this name."""
-    word = str(where[-1])
-    section = _model_at(where[:-1])
+def _suggestion(location: Location) -> str:
+    """Return the nearest key of the section, or the section that has a key of this name."""
+    word = str(location[-1])
+    section = _model_at(location[:-1])
     if section is None:
         return ""
     owners = [name for name, model in sections().items() if word in model.model_fields]
@@ -188,10 +193,10 @@ def _suggestion(where: Path_) -> str:
     return did_you_mean(word, [name for name in section.model_fields if not (section is Recipe and name == "name")])
 
 
-def _model_at(where: Path_) -> type[Section] | None:
-    if not where:
+def _model_at(location: Location) -> type[Section] | None:
+    if not location:
         return Recipe
-    return sections().get(str(where[0])) if len(where) == 1 else None
+    return sections().get(str(location[0])) if len(location) == 1 else None
 
 
 def _names(configs: Path) -> str:

@@ -1,4 +1,4 @@
-"""Where things are: the project folder, its recipes, and the state under DAGSTER_HOME."""
+"""The project folder: its recipes, and the state under DAGSTER_HOME."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_assets.reporting.errors import BadInput
 
 @dataclass(frozen=True)
 class Project:
-    """A folder with `configs/`; everything that runs make lands under `home` (DAGSTER_HOME)."""
+    """A folder with `configs/`; runs write everything below `home` (DAGSTER_HOME)."""
 
     root: Path
     home: Path
@@ -24,27 +24,27 @@ class Project:
 
     @property
     def store(self) -> Path:
-        """Published artifacts: `<recipe>/<asset>/<fingerprint>/`."""
+        """Return the folder of published artifacts, `<recipe>/<asset>/<fingerprint>/`."""
         return self.home / "artifacts"
 
     @property
     def cache(self) -> Path:
-        """What can be fetched or computed again: wheels, file digests."""
+        """Return the folder of what can be downloaded or computed again: wheels, file digests."""
         return self.home / "cache"
 
     @property
     def ollama_models(self) -> Path:
-        """Our own Ollama model store; a server started with this OLLAMA_MODELS serves it."""
+        """Return the project's own Ollama model store, for `OLLAMA_MODELS`."""
         return self.home / "ollama" / "models"
 
     @classmethod
     def find(cls, start: Path | None = None) -> Project:
-        """The project of `FINETUNE_PROJECT`, else of the nearest folder above `start` with configs/ and data/.
+        """Find the project: FINETUNE_PROJECT, else the nearest folder at or above `start` that is a project.
 
-        Falls back to the checkout that this package was installed from.
+        Falls back to the checkout that the package is installed from.
 
         Raises:
-            BadInput: no such folder, or DAGSTER_HOME cannot be a folder.
+            BadInput: there is no project, or DAGSTER_HOME is not a folder.
         """
         named = os.environ.get("FINETUNE_PROJECT")
         here = (start or Path.cwd()).resolve()
@@ -55,7 +55,7 @@ class Project:
         where = f"FINETUNE_PROJECT={named}" if named else f"neither {here} nor a folder above it"
         raise BadInput(
             f"no project found: {where} holds {'no ' if named else ''}configs/ and pyproject.toml",
-            "change into the project's folder, or set FINETUNE_PROJECT to it",
+            "change to the project folder, or set FINETUNE_PROJECT to it",
         )
 
 
@@ -73,7 +73,7 @@ def state_folder(root: Path, home: str | None = None) -> Path:
         home: a folder, relative to the project; if not given, DAGSTER_HOME, else `dagster_home`.
 
     Raises:
-        BadInput: it cannot be a folder.
+        BadInput: it is not a folder.
     """
     setting = "home" if home else "DAGSTER_HOME"
     folder = root / (home or os.environ.get("DAGSTER_HOME") or "dagster_home")
@@ -81,7 +81,7 @@ def state_folder(root: Path, home: str | None = None) -> Path:
         if not stat.S_ISDIR(folder.stat().st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         return folder.resolve()
-    except FileNotFoundError:  # it is made when it is needed
+    except FileNotFoundError:  # it is created when it is needed
         return folder.resolve()
     except OSError as error:
         raise BadInput(f"{setting}={folder}: {error.strerror}", f"set {setting} to a folder, or unset it") from None

@@ -1,7 +1,4 @@
-"""The recipe: what one lineage, from data to served model, is declared by; typed, with defaults.
-
-Training keys carry LLaMA-Factory's argument names and meanings. Reading recipe files is the work of `recipe.file`.
-"""
+"""The recipe: the declaration of one lineage, from data to served model, typed and with defaults."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ from finetune_assets.recipe.sections.schedule import ScheduleSection
 from finetune_assets.recipe.sections.section import Section
 from finetune_assets.recipe.sections.train import TrainSection
 
-LONGEST_NAME = 48  # characters of a recipe's name: a folder of the artifacts is called so
+LONGEST_NAME = 48  # characters of a recipe's name, which is also the name of a folder
 
 
 class Recipe(Section):
-    """One lineage: what to learn from, what to start with, how to train, score, export and serve it."""
+    """One lineage: its data and base model, and how to train, score, export and serve the result."""
 
     name: str = Field(description="Name of the recipe file without .yaml; names the asset group and the job.")
     dataset: DatasetSection
@@ -37,7 +34,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default_factory=ScheduleSection)
 
     @model_validator(mode="after")
-    def _served_type_is_made(self) -> Recipe:
+    def _served_type_is_written(self) -> Recipe:
         if self.ollama.type is not None and self.ollama.type not in self.gguf.types:
             raise ValueError(f"ollama.type {self.ollama.type!r} is not among gguf.types ({', '.join(self.gguf.types)})")
         for kind in self.ollama.types:
@@ -47,27 +44,27 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _there_are_rows_for_the_matrix(self) -> Recipe:
+    def _matrix_has_rows(self) -> Recipe:
         if self.gguf.imatrix == "validation" and not self.dataset.val_size:
             raise ValueError(
-                "gguf.imatrix is validation, but dataset.val_size is 0: set dataset.val_size, or take the train rows"
+                "gguf.imatrix is validation, but dataset.val_size is 0: set it, or use gguf.imatrix: train"
             )
         return self
 
     @property
     def served_type(self) -> str:
-        """The GGUF type that is served under the plain name."""
+        """Return the GGUF type that is served under the plain name."""
         return self.ollama.type or self.gguf.types[0]
 
     @property
     def served(self) -> dict[str, str]:
-        """Model name with its tag, as the server knows it -> the GGUF type that it gets; latest comes first."""
+        """Return the GGUF type of each served name (with its tag), latest first."""
         tags = {"latest": self.served_type, **{kind: kind for kind in self.ollama.types}}
         return {f"{self.ollama.name}:{tag}": kind for tag, kind in tags.items()}
 
     @property
     def system(self) -> str | None:
-        """The system prompt that the server gets."""
+        """Return the system prompt of the served model."""
         return self.model.default_system if self.ollama.system is None else self.ollama.system
 
 
@@ -78,11 +75,11 @@ def sections() -> dict[str, type[Section]]:
 
 
 def name_problem(name: str) -> str | None:
-    """Say why a text cannot be a recipe's name; None if it can.
+    """Return why a text cannot be a recipe's name; None if it can.
 
-    Names are letters of any script with their marks, digits, '_' and '-', and begin with a letter: that is a folder on
-    every disk, a word on every command line without quotes, and nothing that a terminal would take for a command.
-    Spaces, dots and signs are refused rather than replaced, because `a b` and `a-b` would become one word.
+    A name has letters of any script with their marks, digits, '_' and '-', and begins with a letter. Such a name is
+    valid as a folder on every disk, and needs no quotes in a shell. Spaces, dots and signs are refused and not
+    replaced, because `a b` and `a-b` would become the same name.
     """
     if len(name) > LONGEST_NAME or len(name.encode("utf-8", "surrogatepass")) > 4 * LONGEST_NAME:
         return f"it has {len(name)} characters (limit {LONGEST_NAME})"

@@ -1,8 +1,8 @@
-"""Recipe files as YAML: the values with the line of each key, within limits that no honest recipe comes near.
+"""Recipe files as YAML: the values, and the line of each key, within limits far above any real recipe.
 
-YAML is larger than a recipe needs, and its constructors raise errors of every kind. Here a document is a tree of
-mappings, lists, words, numbers, true, false and null. Everything else is refused with its line and key: dates, binary
-values, Python objects, keys that are no words, aliases that repeat without end.
+YAML allows more than a recipe needs, and its constructors raise errors of every kind. Here a document is a tree of
+mappings, lists, texts, numbers, true, false and null. Everything else is refused with its line and key: dates, binary
+values, Python objects, keys that are not texts, recursive aliases.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 
 import yaml
 
+from finetune_assets.inputs.pydantic_errors import Location, dotted
 from finetune_assets.inputs.regular_files import read_utf8
 from finetune_assets.reporting.errors import BadInput
 
-Path_ = tuple[str | int, ...]
-
 BYTES = 256_000  # a recipe has about two thousand
-NODES = 10_000  # keys and values, every use of an alias counted
+NODES = 10_000  # keys and values; each use of an alias counts
 DEPTH = 20  # a recipe has four levels
 NUMBER = 100  # characters of a number
 TAG = "tag:yaml.org,2002:"
@@ -31,19 +30,19 @@ class Document:
     """One recipe file.
 
     Attributes:
-        value: what it holds; None if it is empty, or if there are problems.
+        value: the content; None if the file is empty or has problems.
         lines: the line of every key.
         problems: line and text of each.
     """
 
     def __init__(self, path: Path):
-        """Read and check.
+        """Read and check a file.
 
         Raises:
-            BadInput: it cannot be read, or is not YAML.
+            BadInput: the file cannot be read, or is not YAML.
         """
         self.value: Any = None
-        self.lines: dict[Path_, int] = {}
+        self.lines: dict[Location, int] = {}
         self.problems: list[tuple[int, str]] = []
         self._left = NODES
         self._path = path
@@ -58,68 +57,70 @@ class Document:
         if not self.problems:
             self.value = self._construct(node)
 
-    def line(self, where: Path_) -> int:
-        """The line of a key, or of the nearest one above it."""
-        while where and where not in self.lines:
-            where = where[:-1]
-        return self.lines.get(where, 1)
+    def line(self, location: Location) -> int:
+        """Return the line of a key, or of the nearest key above it."""
+        while location and location not in self.lines:
+            location = location[:-1]
+        return self.lines.get(location, 1)
 
-    def _walk(self, node: yaml.Node, at: Path_, above: tuple[int, ...]) -> None:
-        """Look at a node and everything below it, as often as aliases repeat it."""
+    def _walk(self, node: yaml.Node, location: Location, above: tuple[int, ...]) -> None:
+        """Check a node and everything below it, once for each use of an alias."""
         line = node.start_mark.line + 1
         self._left -= 1
         if id(node) in above:
-            raise _TooMuch(line, f"{_dotted(at)}: an alias inside of what it stands for has no end")
+            raise _TooMuch(line, f"{_dotted(location)}: the alias refers to a value that contains it")
         if self._left < 0:
-            raise _TooMuch(line, f"more than {NODES} keys and values, each use of an alias counted")
+            raise _TooMuch(line, f"more than {NODES} keys and values (each use of an alias counts)")
         if len(above) >= DEPTH:
             raise _TooMuch(line, f"nested more than {DEPTH} levels deep")
-        self.lines.setdefault(at, line)
+        self.lines.setdefault(location, line)
         inside = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
-            self._tag(node, TAG + "map", at)
+            self._tag(node, TAG + "map", location)
             for key, value in node.value:
-                self._key(key, at)
-                self._walk(value, (*at, _word(key)), inside)
+                self._key(key, location)
+                self._walk(value, (*location, _word(key)), inside)
         elif isinstance(node, yaml.SequenceNode):
-            self._tag(node, TAG + "seq", at)
+            self._tag(node, TAG + "seq", location)
             for index, value in enumerate(node.value):
-                self._walk(value, (*at, index), inside)
+                self._walk(value, (*location, index), inside)
         else:
-            self._scalar(node, at)
+            self._scalar(node, location)
 
-    def _key(self, key: yaml.Node, at: Path_) -> None:
+    def _key(self, key: yaml.Node, location: Location) -> None:
         self._left -= 1
-        line, here = key.start_mark.line + 1, (*at, _word(key))
+        line, inner = key.start_mark.line + 1, (*location, _word(key))
         if not isinstance(key, yaml.ScalarNode) or key.tag not in (TAG + "str", MERGE):
-            self.problems.append((line, f"{_dotted(here)}: a key must be a word; write it in quotes"))
+            self.problems.append((line, f"{_dotted(inner)}: a key must be a text; put it in quotes"))
         elif (why := _unprintable(key.value)) is not None:
-            self.problems.append((line, f"{key.value!a}: the key holds {why}"))
-        elif key.tag == TAG + "str" and here in self.lines:
-            self.problems.append((line, f"{_dotted(here)}: given twice (first in line {self.lines[here]})"))
-        self.lines[here] = line
+            self.problems.append((line, f"{key.value!a}: the key contains {why}"))
+        elif key.tag == TAG + "str" and inner in self.lines:
+            self.problems.append((line, f"{_dotted(inner)}: given twice (first in line {self.lines[inner]})"))
+        self.lines[inner] = line
 
-    def _tag(self, node: yaml.Node, wanted: str, at: Path_) -> None:
-        if node.tag != wanted:
+    def _tag(self, node: yaml.Node, expected: str, location: Location) -> None:
+        if node.tag != expected:
             kind = "a mapping" if isinstance(node, yaml.MappingNode) else "a list"
-            where = node.start_mark.line + 1
-            self.problems.append((where, f"{_dotted(at)}: {kind} with the tag {_tag_text(node.tag)}: leave it out"))
+            line = node.start_mark.line + 1
+            self.problems.append(
+                (line, f"{_dotted(location)}: {kind} with the tag {_tag_text(node.tag)}: remove the tag")
+            )
 
-    def _scalar(self, node: yaml.Node, at: Path_) -> None:
+    def _scalar(self, node: yaml.Node, location: Location) -> None:
         line, shown = node.start_mark.line + 1, _shown(node.value)
         if node.tag not in SCALARS:
             what = NAMES.get(node.tag) or f"a value with the tag {_tag_text(node.tag)}"
-            self.problems.append((line, f"{_dotted(at)}: {shown} reads as {what}: put it in quotes"))
+            self.problems.append((line, f"{_dotted(location)}: {shown} reads as {what}: put it in quotes"))
         elif node.tag in (TAG + "int", TAG + "float") and len(node.value) > NUMBER:
-            text = f"{_dotted(at)}: a number of {len(node.value)} characters (limit {NUMBER})"
+            text = f"{_dotted(location)}: a number of {len(node.value)} characters (limit {NUMBER})"
             self.problems.append((line, text))
         elif (why := _unprintable(node.value)) is not None:
-            self.problems.append((line, f"{_dotted(at)}: the text holds {why}"))
+            self.problems.append((line, f"{_dotted(location)}: the text contains {why}"))
         else:
             try:
                 self._loader.construct_object(node)
-            except Exception:  # constructors raise whatever int(), float() and a table of words do
-                text = f"{_dotted(at)}: {shown} is not {_tag_text(node.tag)}: write another value"
+            except Exception:  # constructors raise what int(), float() and their tables raise
+                text = f"{_dotted(location)}: {shown} is not {_tag_text(node.tag)}: write another value"
                 self.problems.append((line, text))
 
     def _construct(self, node: yaml.Node) -> Any:
@@ -138,7 +139,7 @@ class _TooMuch(Exception):
 
 
 class _Limited(yaml.SafeLoader):
-    """Stops at the limit, before a large file has taken seconds."""
+    """A loader that stops at the limit, before a large file takes seconds."""
 
     composed = 0
 
@@ -161,7 +162,7 @@ def _compose(text: str, path: Path) -> yaml.Node | None:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         character = f"the character U+{ord(text[error.position]):04X}" if error.position < len(text) else error.reason
-        raise BadInput(f"{path}:{line}: not valid YAML: holds {character}") from None
+        raise BadInput(f"{path}:{line}: not valid YAML: contains {character}") from None
     except RecursionError:
         raise BadInput(f"{path}: nested more than {DEPTH} levels deep") from None
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:
@@ -181,10 +182,10 @@ def _word(key: yaml.Node) -> str:
 
 
 def _unprintable(text: str) -> str | None:
-    """What a text holds that cannot be written into files or handed to other programs; None if nothing."""
+    """Return what a text contains that files or other programs cannot hold; None if nothing."""
     if "\0" in text:
         return "a NUL character"
-    return "half a character (a lone surrogate)" if any("\ud800" <= char <= "\udfff" for char in text) else None
+    return "a lone surrogate" if any("\ud800" <= char <= "\udfff" for char in text) else None
 
 
 def _tag_text(tag: str) -> str:
@@ -192,9 +193,9 @@ def _tag_text(tag: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A text of at most a line."""
+    """Shorten a text to a line."""
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _dotted(where: Path_) -> str:
-    return ".".join(map(str, where)) or "the recipe"
+def _dotted(location: Location) -> str:
+    return dotted(location) or "the recipe"

@@ -58,7 +58,9 @@ def test_names_that_dagster_cannot_take_still_have_nodes_of_their_own(mini: Mini
 def test_no_recipe_can_take_the_name_of_the_data_sets_group(mini: MiniProject):
     mini.recipe_path("datasets").write_text(mini.recipe_path().read_text())
     graph = load_definitions(mini).resolve_asset_graph()
-    assert "is taken by the group of the data sets" in str(graph.get(dg.AssetKey(["datasets", "recipe"])).description)
+    assert "is reserved for the group of the data sets" in str(
+        graph.get(dg.AssetKey(["datasets", "recipe"])).description
+    )
 
 
 def test_every_recipe_of_this_repository_has_a_job():
@@ -108,4 +110,4 @@ def test_two_recipes_that_would_serve_under_one_name_are_refused(mini: MiniProje
     assert graph.has(dg.AssetKey(["second", "lora_adapter"]))
     for name, served, rival in (("mini", "mini", "third"), ("third", "MINI", "mini")):
         description = str(graph.get(dg.AssetKey([name, "recipe"])).description)
-        assert f"ollama.name {served!r} of {name} is also that of {rival}" in description
+        assert f"ollama.name {served!r} of {name} is also the name in {rival}" in description

@@ -89,7 +89,7 @@ def test_a_recipe_elsewhere_cannot_take_the_place_of_the_projects_own(mini: Mini
     elsewhere.write_text(mini.recipe_path().read_text())
     done = finetune(mini, "plan", str(elsewhere))
     assert done.returncode == 2
-    assert "would take the place of" in done.stderr
+    assert "would replace those of" in done.stderr
 
 
 def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):

@@ -54,8 +54,8 @@ def test_a_type_that_is_none(mini: MiniProject) -> None:
 def test_a_name_that_ollama_does_not_take(mini: MiniProject, name: str) -> None:
     mini.edit(ollama={"name": name})
     line = 1 + next(n for n, text in enumerate(mini.recipe_path().read_text().splitlines()) if "  name:" in text)
-    words = "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'; no '.' before a '/'"
-    refused(mini, 2, f"{mini.recipe_path()}:{line}: ollama.name: {name!r} is no Ollama model name: {words}")
+    words = "use letters, digits, '.', '_' and '-'; begin with a letter, digit or '_'; use no '.' before a '/'"
+    refused(mini, 2, f"{mini.recipe_path()}:{line}: ollama.name: {name!r} is not a valid Ollama model name: {words}")
 
 
 def test_a_folder_that_is_no_llama_cpp(mini: MiniProject, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bad recipes of every kind: each refused by name, at once, and none takes down the good one beside it."""
+"""Bad recipes of every kind: each is refused by name, at once, and a good recipe in the same folder still works."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_aliases_and_merges_work_within_limits(tmp_path: Path):
 
 
 def test_one_composed_name_for_both_spellings(mini: MiniProject):
-    """macOS stores names decomposed: typed, they are not."""
+    """macOS stores names decomposed; people type composed ones."""
     composed, decomposed = (unicodedata.normalize(form, "génial") for form in ("NFC", "NFD"))
     mini.recipe_path(decomposed).write_text(mini.recipe_path().read_text())
     assert load_recipe(find_recipe(composed, mini.configs)).name == composed
@@ -102,8 +102,8 @@ def test_names_that_dagster_would_confuse(mini: MiniProject):
     assert "Dagster calls it" in str(graph.get(refused).description)
 
 
-def test_each_beside_a_good_one(mini: MiniProject):
-    """All of them in one folder: Dagster shows the good recipe and every bad one, and every sensor ticks."""
+def test_each_in_a_folder_with_a_good_one(mini: MiniProject):
+    """All of them in one folder: Dagster shows the good recipe and each bad one, and each sensor ticks."""
     mini.empty_base()
     placed = [put(mini.configs, kind) for kind in KINDS]
     Path(os.fsdecode(os.fsencode(mini.configs) + b"/a\xff.yaml")).write_text(GOOD)
@@ -111,10 +111,10 @@ def test_each_beside_a_good_one(mini: MiniProject):
     definitions = load_definitions(mini)
     assert time.monotonic() - began < 3 * SECONDS
     graph = definitions.resolve_asset_graph()
-    said = [str(graph.get(key).description) for key in graph.get_all_asset_keys() if key.path[-1] == "recipe"]
-    assert len(said) == len(KINDS) + 1
+    descriptions = [str(graph.get(key).description) for key in graph.get_all_asset_keys() if key.path[-1] == "recipe"]
+    assert len(descriptions) == len(KINDS) + 1
     for path, words in placed:
-        assert any(str(path) in text and words in text for text in said), path
+        assert any(str(path) in text and words in text for text in descriptions), path
     assert graph.has(dg.AssetKey(["mini", "lora_adapter"]))
     repository = definitions.get_repository_def()
     with dg.DagsterInstance.ephemeral() as instance:
@@ -130,7 +130,7 @@ def test_each_beside_a_good_one(mini: MiniProject):
     assert set(make_plan(recipe, mini, open_store(mini))) == set(NODES)
 
 
-def test_the_command_line_says_it_in_one_message(mini: MiniProject):
+def test_the_command_line_prints_one_message(mini: MiniProject):
     environment = {**os.environ, "FINETUNE_PROJECT": str(mini.root), "DAGSTER_HOME": str(mini.home)}
     environment["PYTHONPATH"] = str(REPOSITORY)
     for kind in ("recursive", "a_pipe", "large", "bomb", "a b"):

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, what is refused, and how well the refusal explains itself."""
+"""Recipes: what is accepted and refused, and the messages of refusals."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def test_all_errors_are_reported_at_once_each_with_its_line(tmp_path: Path):
         (GOOD + "gguf: {max_kl: {q2_k: 0}}\n", "gguf.max_kl.q2_k: input should be greater than 0"),
         (GOOD + "gguf: {max_kl: {q2_k: .nan}}\n", "gguf.max_kl.q2_k: input should be a finite number"),
         (GOOD + "gguf: {max_kl: 0.5}\n", "gguf.max_kl: input should be a valid dictionary"),
-        (GOOD.replace("name: mini", "name: 'a b'"), "'a b' is no Ollama model name"),
-        (GOOD.replace("name: mini", "name: ../../etc/x"), "is no Ollama model name"),
+        (GOOD.replace("name: mini", "name: 'a b'"), "'a b' is not a valid Ollama model name"),
+        (GOOD.replace("name: mini", "name: ../../etc/x"), "is not a valid Ollama model name"),
         (GOOD.replace("name: mini}", "name: mini, stop: ['']}"), "a stop text is empty"),
         (GOOD.replace("name: mini}", "name: mini, type: q8_0}\ngguf: {types: f16}"), "not among gguf.types (f16)"),
-        (GOOD.replace("./base", "pypi:thing/file.gguf"), "a packaged model is written pypi:PACKAGE==VERSION/FILE.gguf"),
+        (GOOD.replace("./base", "pypi:thing/file.gguf"), "write a packaged model as pypi:PACKAGE==VERSION/FILE.gguf"),
         (GOOD.replace("./base", "pypi:thing==1/file.gguf"), "needs model_sha256"),
         (GOOD + "train: {bf16: true, fp16: true}", "bf16 and fp16 exclude each other"),
         (GOOD + "train: {train_on_prompt: true, mask_history: true}", "train_on_prompt and mask_history exclude"),
         (GOOD + "train: {disable_shuffling: true, group_by_length: true}", "disable_shuffling and group_by_length"),
         ("model: {model_name_or_path: x}\nollama: {name: x}\n", "dataset: missing"),
-        (GOOD + "name: other\n", "a recipe is named by its file"),
+        (GOOD + "name: other\n", "the file name is the recipe's name"),
     ],
 )
 def test_bad_input_is_explained(tmp_path: Path, text: str, words: str):
@@ -86,7 +86,7 @@ def test_bad_input_is_explained(tmp_path: Path, text: str, words: str):
 def test_a_file_name_that_cannot_name_a_group_is_refused(tmp_path: Path):
     said = complaint(tmp_path, GOOD, "my model.yaml")
     assert said == (
-        "my model.yaml:1: the file's name 'my model' names the recipe's assets: "
+        "my model.yaml:1: the file's name 'my model' cannot be a recipe's name: "
         "use letters, digits, '_' and '-' only, not ' '; rename the file"
     )
 

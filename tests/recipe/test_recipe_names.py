@@ -1,4 +1,4 @@
-"""A recipe whose file has a Chinese name, from its file to what is served: the command line, Dagster, the sensors."""
+"""A recipe with a Chinese name: the command line, Dagster and the sensors handle it from file to served model."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_it_works_from_end_to_end(
     assert (project.store / NAME / "ollama_model" / "CURRENT").is_file()
     for words in (("plan", NAME), ("artifacts", NAME), ("explain", f"{NAME}/gguf_file"), ("gc", NAME), ("gc",)):
         command(project, monkeypatch, *words)
-    said = capfd.readouterr().out
-    assert NAME in said and word_of(NAME) not in said
+    output = capfd.readouterr().out
+    assert NAME in output and word_of(NAME) not in output
     with DagsterInstance.from_config(str(project.home)) as instance:
         (run,) = instance.get_runs(dg.RunsFilter(tags={"recipe": NAME}))
         assert run.is_success and run.job_name == job_name(NAME)
@@ -76,7 +76,7 @@ def test_a_step_that_fails_is_named(
 
 
 @pytest.mark.parametrize("name", ["demo", "客服", "a-b", "Génial", "हिन्दी", "mañana_2", "日本語モデル", "x" * 48])
-def test_names_that_are_taken(name: str):
+def test_names_that_are_accepted(name: str):
     assert name_problem(name) is None
 
 
@@ -85,7 +85,7 @@ def test_names_that_are_refused(name: str):
     assert name_problem(name)
 
 
-def test_what_dagster_calls_them():
+def test_names_in_dagster():
     assert word_of("llama3_fintech") == "llama3_fintech"
     assert word_of("客服").startswith("u5ba2_u670d_") and word_of("a-b").startswith("a_b_")
     words = [

@@ -8,11 +8,11 @@ from pydantic import Field, field_validator
 
 from finetune_assets.recipe.sections.section import LONGEST_PATH, Names, Section
 
-DATASETS = "datasets"  # what the nodes of data sets are called; no recipe can have the name
+DATASETS = "datasets"  # group of the data sets' nodes; no recipe can have this name
 
 
 class DatasetSection(Section):
-    """Which registered data sets to learn from, and how to split them."""
+    """The registered data sets to train on, and how to split them."""
 
     dataset: Annotated[
         Names,
@@ -46,12 +46,12 @@ class DatasetSection(Section):
     @classmethod
     def _named(cls, names: list[str]) -> list[str]:
         if not all(0 < len(name) <= 200 for name in names):
-            raise ValueError("a data set's name has 1 to 200 characters")
+            raise ValueError("the name of a data set must have 1 to 200 characters")
         return names
 
     @field_validator("val_size", "test_size")
     @classmethod
     def _whole_rows(cls, size: float) -> float:
         if size > 1 and not size.is_integer():
-            raise ValueError(f"{size:g} rows cannot be held out: give a share below 1, or a whole number of rows")
+            raise ValueError(f"cannot hold out {size:g} rows: write a share below 1, or a whole number of rows")
         return size

@@ -8,7 +8,7 @@ from finetune_assets.recipe.sections.section import Section
 
 
 class EvaluateSection(Section):
-    """How base and tuned model are scored on the test rows."""
+    """How the base model and the tuned model are scored on the test split."""
 
     max_samples: int | None = Field(
         default=None, ge=1, description="Most test rows for which answers are generated; without it, all. Unit: rows."

@@ -16,14 +16,13 @@ GGUF_TYPES = tuple(TYPES)  # largest first
 def _no_test_rows(value: object) -> object:
     if value == "test":
         raise ValueError(
-            "the test rows are what the files are measured by, so they must have no say in how the files are made; "
-            "take train or validation"
+            "the test split measures the files, so it must not influence how they are made; use train or validation"
         )
     return value
 
 
 class GgufSection(Section):
-    """Which GGUF files to make."""
+    """The GGUF files to write."""
 
     types: Names = Field(
         default=["f16", "q8_0"], min_length=1, description="GGUF types to write, each to its own file."

@@ -10,7 +10,7 @@ from finetune_assets.recipe.sections.section import LONGEST_PATH, Section
 
 
 class ModelSection(Section):
-    """The base model and the words around a conversation."""
+    """The base model, its chat template and the system prompt of training rows."""
 
     model_name_or_path: str = Field(
         max_length=LONGEST_PATH,
@@ -36,7 +36,7 @@ class ModelSection(Section):
     def _packaged_models_are_pinned(self) -> ModelSection:
         if self.model_name_or_path.startswith("pypi:"):
             if not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[A-Za-z0-9.]+/[^/\\]+\.gguf", self.model_name_or_path):
-                raise ValueError("a packaged model is written pypi:PACKAGE==VERSION/FILE.gguf")
+                raise ValueError("write a packaged model as pypi:PACKAGE==VERSION/FILE.gguf")
             if self.model_sha256 is None:
-                raise ValueError("a pypi: model needs model_sha256, the sha256 of its wheel")
+                raise ValueError("a pypi: model needs model_sha256, the SHA-256 digest of its wheel")
         return self

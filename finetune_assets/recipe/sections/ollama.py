@@ -10,7 +10,7 @@ from finetune_assets.recipe.sections.section import Names, Section
 
 
 class OllamaSection(Section):
-    """What the server is told about the model."""
+    """How Ollama serves the model."""
 
     name: str = Field(description="Name of the model in Ollama, without a tag.")
     type: str | None = Field(
@@ -45,14 +45,14 @@ class OllamaSection(Section):
     def _servable(cls, name: str) -> str:
         if not re.fullmatch(r"(?:[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}", name):
             raise ValueError(
-                f"{name!r} is no Ollama model name: "
-                "letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'; no '.' before a '/'"
+                f"{name!r} is not a valid Ollama model name: "
+                "use letters, digits, '.', '_' and '-'; begin with a letter, digit or '_'; use no '.' before a '/'"
             )
         return name
 
     @field_validator("stop")
     @classmethod
-    def _says_something(cls, stop: list[str]) -> list[str]:
+    def _not_empty(cls, stop: list[str]) -> list[str]:
         if "" in stop:
-            raise ValueError("a stop text is empty, and would end every answer before its first word: leave it out")
+            raise ValueError("a stop text is empty and would end every answer before its first token; remove it")
         return stop

@@ -11,7 +11,7 @@ from finetune_assets.recipe.sections.section import Section
 
 
 class ScheduleSection(Section):
-    """When the recipe runs by itself."""
+    """When runs start by themselves."""
 
     on_change: bool = Field(
         default=False, description="Start a run when what the recipe reads has changed (the retrain sensor)."
@@ -37,5 +37,5 @@ class ScheduleSection(Section):
         try:
             ZoneInfo(name)
         except (ValueError, OSError, LookupError):
-            raise ValueError(f"unknown time zone {name!r}: take one of the IANA's names, as Europe/Berlin") from None
+            raise ValueError(f"unknown time zone {name!r}: use an IANA name, such as Europe/Berlin") from None
         return name

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 LONGEST_PATH = 1000  # characters
-LARGEST = 2**32  # no number of a recipe is larger; numpy takes seeds below it
+LARGEST = 2**32  # limit of every number in a recipe; numpy accepts smaller seeds only
 
 Names = Annotated[
     list[str],
@@ -17,14 +17,14 @@ Names = Annotated[
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are checked and never changed afterwards."""
+    """A part of the recipe. It refuses unknown keys, checks values and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """True and false are numbers to Python, and a mistake in a recipe."""
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number belongs; Python would accept them."""
         kinds = set(types_in(cls.model_fields[str(info.field_name)].annotation))
         given = value.values() if isinstance(value, dict) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(item, bool) for item in given):

@@ -13,7 +13,7 @@ Strategy = Annotated[Literal["no", "epoch"], BeforeValidator(lambda value: "no" 
 
 
 class TrainSection(Section):
-    """How the adapter is trained, by LLaMA-Factory's argument names."""
+    """How the adapter is trained; the keys have the names of LLaMA-Factory's arguments."""
 
     stage: Literal["sft"] = Field(default="sft", description="Training stage; sft is supervised fine-tuning.")
     finetuning_type: Literal["lora"] = Field(
