@@ -1,4 +1,4 @@
-"""Reading of files that people and hubs give: regular files only, within limits, no code of a model.
+"""Files that people and hubs provide: regular files only, within limits, and no code of a model.
 
-No other room opens such files unchecked.
+No other room opens such files itself. Front doors: `regular_files`, `json_text`, `pydantic_errors`, `remote_code`.
 """

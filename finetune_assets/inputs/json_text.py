@@ -1,8 +1,8 @@
-"""JSON within limits: what people and hubs write is refused by name where Python's reader would choke on it later.
+"""JSON within limits: refuses by name what Python's parser accepts and later steps cannot handle.
 
-Two strictnesses. Files of a model are other programs' (some hold Infinity, a vocabulary may hold a NUL character): they
-must be objects of whole characters, of bounded size, depth and numbers. What people write for us (registries, rows)
-must also hold clean text, finite numbers and keys that are given once.
+There are two levels. Other programs write a model's files (some contain Infinity, a vocabulary may contain NUL): these
+must have no lone surrogates, and bounded size, depth and numbers. Registries and rows, which people write, must also
+have no NUL characters, finite numbers only, and no key twice.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 from finetune_assets.inputs.regular_files import read_utf8
 from finetune_assets.reporting.errors import BadInput
 
-DIGITS = 400  # of a number; a float has at most 309 before its point
-MODEL_FILE = 300_000_000  # bytes of a JSON file of a model; the largest tokenizer.json has 35 million
+DIGITS = 400  # of a number; a float has at most 309 before the decimal point
+MODEL_FILE = 300_000_000  # bytes of a model's JSON file; the largest tokenizer.json has 35 million
 SUSPECT = re.compile(r"\\u(?:d[89a-f]|0000)", re.IGNORECASE)  # escapes of surrogates (also paired ones) and NUL
 
 
 class Refused(ValueError):
-    """Valid JSON that we do not take, and why."""
+    """Valid JSON that is refused, with the reason."""
 
 
 def parse_json(text: str, *, clean: bool) -> Any:
     """Parse a JSON text.
 
     Args:
-        clean: refuse numbers that are not finite, keys given twice and NUL characters, too.
+        clean: also refuse non-finite numbers, keys given twice and NUL characters.
 
     Raises:
-        json.JSONDecodeError: it is not JSON.
-        Refused: it is, and holds what we do not take.
+        json.JSONDecodeError: the text is not JSON.
+        Refused: the text is JSON beyond the limits.
     """
     try:
         if clean:
@@ -48,17 +48,17 @@ def parse_json(text: str, *, clean: bool) -> Any:
     if SUSPECT.search(text):
         for word in _texts(value):
             if clean and "\0" in word:
-                raise Refused(f"a text holds a NUL character: {_shown(word)}")
+                raise Refused(f"a text contains a NUL character: {_shown(word)}")
             if any("\ud800" <= char <= "\udfff" for char in word):
-                raise Refused(f"a text holds half a character (a lone surrogate): {_shown(word)}")
+                raise Refused(f"a text contains a lone surrogate: {_shown(word)}")
     return value
 
 
 def read_model_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a model's folder.
+    """Read a JSON file of a model folder.
 
     Raises:
-        BadInput: it cannot be read, is too large, or is not an object.
+        BadInput: the file cannot be read, is too large, or is not an object.
     """
     try:
         value = parse_json(read_utf8(path, MODEL_FILE), clean=False)
@@ -85,19 +85,19 @@ def _finite(text: str) -> float:
 
 
 def _constant(text: str) -> float:
-    raise Refused(f"{text} is not a number that JSON has")
+    raise Refused(f"{text} is not a JSON number")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
         raise Refused(f"the key {_shown(next(key for key in keys if keys.count(key) > 1))} is given twice")
-    return found
+    return unique
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a value, keys too."""
+    """Yield every text in a value, including keys."""
     left = [value]
     while left:
         item = left.pop()

@@ -1,6 +1,6 @@
-"""Reading of files that people and hubs give us: regular files only, never more bytes than expected, never a wait.
+"""Reading of files that people and hubs provide: regular files only, at most the expected bytes, without waiting.
 
-A named pipe would block whoever opens it, a device may have no end, and a folder or a socket is a mistake to name.
+Opening a named pipe would block, and a device may have no end. A path to a folder or a socket is a mistake.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ KINDS = {
 
 
 def why_not_regular(path: Path) -> str | None:
-    """Say why a path cannot be read as a file, without opening it: `is a named pipe, not a file`; None if it can."""
+    """Return why a path cannot be read as a file, such as `is a named pipe, not a file`; None if it can.
+
+    The file is not opened.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         if path.is_symlink():
-            return f"is a link to {path.readlink()}, which is not there"
+            return f"is a link to {path.readlink()}, which does not exist"
         return NO_FILE
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except ValueError:
-        return "no such file: the name holds a NUL character"
+        return "no such file: the name contains a NUL character"
     return None if stat.S_ISREG(mode) else f"is {KINDS.get(stat.S_IFMT(mode), 'something else')}, not a file"
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading; a fifo, device or folder is refused at once instead of waited for.
+    """Open a file for reading; refuse a named pipe, device or folder at once.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
+        OSError: the file cannot be opened, or is not a regular file.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -57,24 +60,24 @@ def read_regular(path: Path, limit: int | None = None) -> bytes:
     """Read a regular file.
 
     Args:
-        limit: the most bytes that such a file can have; a larger one is refused unread.
+        limit: largest size in bytes; a larger file is refused.
 
     Raises:
-        BadInput: it is not there, cannot be read, is not a regular file, or is larger.
+        BadInput: the file is missing, unreadable, not a regular file, or larger than the limit.
     """
     if (why := why_not_regular(path)) is not None:
         raise BadInput(f"{path}: {why}")
     try:
-        with open_regular(path) as file:  # it may have been replaced since
-            found = os.fstat(file.fileno())
+        with open_regular(path) as file:  # it may have been replaced meanwhile
+            status = os.fstat(file.fileno())
             if limit is None:
                 return file.read()
             content = file.read(limit + 1)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}", SEE_TO_IT) from None
     if len(content) > limit:
-        size = human_size(max(found.st_size, len(content)))
-        raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "is it the right file?")
+        size = human_size(max(status.st_size, len(content)))
+        raise BadInput(f"{path}: has {size} (limit {human_size(limit)})", "check that it is the right file")
     return content
 
 
@@ -82,7 +85,7 @@ def read_utf8(path: Path, limit: int | None = None) -> str:
     """Read a regular file as text, a byte order mark removed.
 
     Raises:
-        BadInput: as read_regular; or it is not UTF-8 (with the line).
+        BadInput: as read_regular, or the file is not UTF-8 (with the line).
     """
     raw = read_regular(path, limit)
     try:

@@ -1,13 +1,13 @@
-"""Code that comes with a model: it never runs unless the recipe trusts the model (model.trust_remote_code).
+"""Code that comes with a model: it runs only if the recipe trusts the model (model.trust_remote_code).
 
-transformers imports a class from a Python file where a JSON file of the model's folder names one in `auto_map`. The
-file need not be in that folder: `/any/folder--module.Class` and `/any/module.Class` are read, too. llama.cpp's
-converter asks for such classes with trust_remote_code=True, whatever anybody says. Therefore
-- no file that Python could import is taken from a hub or a folder (`is_code`);
+transformers imports a class from a Python file when a JSON file of the model folder names it in `auto_map`. The
+Python file may be outside that folder: `/any/folder--module.Class` and `/any/module.Class` work as well. llama.cpp's
+converter always passes trust_remote_code=True. Therefore
+- no file that Python could import is copied from a hub or a folder (`is_code`);
 - `gate` replaces the functions of transformers that import such classes, or kernels from a hub, in this process;
-- a child process that is not trusted has no folder in which transformers could put them (`child_environment`).
+- an untrusted child process has no folder where transformers could put such files (`child_environment`).
 
-A model that names classes which transformers has itself loads with those.
+If transformers has the classes that a model names, it uses its own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from finetune_assets.reporting.causes import causes
 from finetune_assets.reporting.errors import StepFailed
 
 NEEDED = "this model needs its own code: model.trust_remote_code"
-HINT = "read that code; if you trust it, set model.trust_remote_code: true; else take another base model"
-SOURCES = "*.py"  # what is taken along where the recipe trusts the model
+HINT = "read that code; if you trust it, set model.trust_remote_code: true; otherwise use a different base model"
+SOURCES = "*.py"  # copied if the recipe trusts the model
 IMPORTABLE = (".py", ".pyw", ".pyc", ".pyo", ".pyd", ".pth", ".so", ".dll", ".dylib")
 CODE_PATTERNS = tuple("*" + re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", suffix) for suffix in IMPORTABLE)
-"""The same for whoever takes file name patterns, in any case: some disks make no difference."""
+"""The same as file name patterns for upper and lower case, because some disks ignore the case."""
 LONGEST = 200  # characters of a class name in a message
 AUTO_MAP = "auto_map"
 CONFIG = "config.json"
@@ -53,24 +53,26 @@ class CodeRefused(ValueError):
 
 
 def is_code(name: str) -> bool:
-    """Whether Python could import a file of this name, on any system."""
+    """Return whether Python could import a file of this name, on any system."""
     return PurePath(name).suffix.lower() in IMPORTABLE
 
 
 def asked_for(folder: Path, *files: str) -> list[str]:
-    """The classes that JSON files of a model's folder name, as "FILE: AUTO CLASS: CLASS"; unreadable files name none.
+    """Return the classes that JSON files of a model folder name, as "FILE: AUTO CLASS: CLASS".
+
+    Unreadable files are skipped.
 
     Args:
-        files: look into these files only; without any, into each whose name ends with config.json.
+        files: the files to read; without any, each file whose name ends with config.json.
     """
-    found: list[str] = []
+    classes: list[str] = []
     for path in [folder / name for name in files] or sorted(folder.glob(f"*{CONFIG}")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             continue
-        found += [f"{path.name}: {entry}" for entry in _auto_maps(content)]
-    return found
+        classes += [f"{path.name}: {entry}" for entry in _auto_maps(content)]
+    return classes
 
 
 def _auto_maps(content: Any) -> Iterator[str]:
@@ -96,7 +98,7 @@ def _printable(text: str) -> str:
 
 
 def refuse_unknown_architecture(folder: Path, what: str) -> None:
-    """StepFailed for a model that names its own classes and is of a type that transformers does not have."""
+    """Raise StepFailed for a model that names its own classes and whose type transformers does not have."""
     if asked := asked_for(folder, CONFIG):
         from transformers import CONFIG_MAPPING
 
@@ -106,12 +108,12 @@ def refuse_unknown_architecture(folder: Path, what: str) -> None:
 
 
 def needs_its_own_code(what: str, folder: Path, file: str, reason: str | None) -> StepFailed | None:
-    """The failure of a model that cannot be read without its own code; None where nothing speaks for that.
+    """Return the failure of a model that needs its own code; None if nothing shows that it does.
 
     Args:
-        what: could not be done, e.g. "cannot load the tokenizer of X".
-        file: of the folder, whose classes come first in the message.
-        reason: what refused to run code; None: whatever `file` asks for is taken for the reason.
+        what: the beginning of the message, such as "cannot load the tokenizer of X".
+        file: file of the folder whose classes the message names first.
+        reason: message of the refusal to run code; None: the classes that `file` names are the reason.
     """
     named = asked_for(folder, file) or (asked_for(folder) if reason else [])
     if not named and reason is None:
@@ -120,12 +122,12 @@ def needs_its_own_code(what: str, folder: Path, file: str, reason: str | None) -
 
 
 def refusal(error: BaseException) -> str | None:
-    """What was refused, if that is why the error was raised."""
+    """Return what was refused, if a refusal caused the error."""
     return next((str(cause) for cause in causes(error) if isinstance(cause, CodeRefused)), None)
 
 
 class _Gate:
-    """The state of this process: closed until somebody opens it."""
+    """The state of this process; closed at first."""
 
     lock = threading.RLock()
     guarded = False
@@ -134,10 +136,10 @@ class _Gate:
 
 @contextmanager
 def gate(*, trust: bool) -> Iterator[None]:
-    """While open, libraries run a model's own code only if `trust`. After the first call, none runs outside of a gate.
+    """Let libraries run a model's own code only if `trust`; after the first call, none runs outside a gate.
 
     Raises:
-        StepFailed: this version of transformers has not the functions that are known to import such code.
+        StepFailed: this version of transformers lacks the functions that are known to import such code.
     """
     with _Gate.lock:
         if not _Gate.guarded:
@@ -159,7 +161,7 @@ def _guard() -> None:
             guards[name] = original, _refusing(original)
     original = _function(dynamic, RESOLVE)
     guards[RESOLVE] = original, _resolving(original)
-    # others have imported the functions by name; whoever does so later gets the guards
+    # also replace the functions in modules that imported them by name before
     for module in list(sys.modules.values()):
         own = getattr(module, "__dict__", {})
         for name, (original, guard) in guards.items():
@@ -168,15 +170,15 @@ def _guard() -> None:
 
 
 def _function(module: Any, name: str) -> Callable[..., Any]:
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         import transformers
 
         raise StepFailed(
             f"cannot make sure that no code of a model runs: transformers {transformers.__version__} has no {name}",
             "install the versions of constraints.txt",
         )
-    return found
+    return function
 
 
 def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -191,7 +193,7 @@ def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resolving(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer for the caller where code is optional; the original would ask on the terminal where nobody has said."""
+    """Answer for the caller where code is optional; the original would ask on the terminal."""
 
     @functools.wraps(original)
     def guard(

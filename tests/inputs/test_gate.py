@@ -1,4 +1,4 @@
-"""The guard that keeps libraries from running a model's own code, and what it says of a model."""
+"""The guard that keeps libraries from running a model's own code, and its messages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     modules_folder(tmp_path / "modules", monkeypatch)
 
 
-def test_nothing_runs_outside_of_a_gate_and_what_is_trusted_only_inside(tmp_path: Path) -> None:
+def test_code_runs_only_inside_a_gate_that_trusts_it(tmp_path: Path) -> None:
     with remote_code.gate(trust=False):
         pass
     dynamic = importlib.import_module("transformers.dynamic_module_utils")
@@ -63,7 +63,7 @@ def test_a_transformers_that_imports_code_by_other_functions_is_refused(monkeypa
         pytest.fail("the gate is open")
 
 
-def test_a_kernel_of_a_hub_is_not_fetched(tmp_path: Path) -> None:
+def test_a_kernel_of_a_hub_is_not_downloaded(tmp_path: Path) -> None:
     import torch
 
     base = tiny_base(tmp_path / "base")
@@ -76,14 +76,14 @@ def test_a_kernel_of_a_hub_is_not_fetched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("named", ["AutoTokenizer", "AutoModelForCausalLM"])
-def test_a_tokenizer_class_that_is_none(named: str, tmp_path: Path) -> None:
+def test_a_name_that_is_no_tokenizer_class(named: str, tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base")
     write_json(base / "tokenizer_config.json", {"tokenizer_class": named})
     with pytest.raises(StepFailed, match=r"tokenizer_class of tokenizer_config\.json is not a tokenizer class"):
         load_tokenizer(base)
 
 
-def test_what_the_files_ask_for_is_named(tmp_path: Path) -> None:
+def test_classes_that_the_files_name(tmp_path: Path) -> None:
     write_json(
         tmp_path / "config.json", {"text_config": [{"auto_map": {"AutoModel": "a.B"}}], "auto_map": {"X": "c.D\x1b[2J"}}
     )
@@ -101,7 +101,7 @@ def test_what_the_files_ask_for_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.py", "LICENSE.PY", "x.cpython-311-x86_64-linux-gnu.so", "b.pyc", "site.pth", "c.DLL"]
 )
-def test_names_that_python_imports(name: str) -> None:
+def test_file_names_that_python_imports(name: str) -> None:
     from fnmatch import fnmatchcase
 
     assert remote_code.is_code(name) and any(fnmatchcase(name, pattern) for pattern in remote_code.CODE_PATTERNS)

@@ -1,4 +1,4 @@
-"""Registries, rows and model folders that are wrong in every way we know: refused by name, and at once."""
+"""Wrong registries, rows and model folders: each is refused by name, at once."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ ROW = '{"instruction": "a", "output": "b"'
 REGISTRIES: dict[str, tuple[str | bytes, str]] = {
     "deep": ('{"facts": ' + DEEP + "}", "dataset_info.json:1: nested too deeply"),
     "digits": (f'{{"facts": {NINES}}}', "a number of 5000 digits (limit 400)"),
-    "nan": (ENTRY + ', "x": NaN}}', "NaN is not a number that JSON has"),
+    "nan": (ENTRY + ', "x": NaN}}', "NaN is not a JSON number"),
     "infinite": (ENTRY + ', "x": 1e999}}', "the number '1e999' is too large"),
     "twice": (ENTRY + "}, " + ENTRY[1:] + "}}", "the key 'facts' is given twice"),
-    "surrogate": ('{"facts": {"file_name": "\\ud800.json"}}', "a text holds half a character"),
-    "nul": ('{"facts": {"file_name": "a\\u0000.json"}}', "a text holds a NUL character: 'a\\x00.json'"),
+    "surrogate": ('{"facts": {"file_name": "\\ud800.json"}}', "a text contains a lone surrogate"),
+    "nul": ('{"facts": {"file_name": "a\\u0000.json"}}', "a text contains a NUL character: 'a\\x00.json'"),
     "raw_nul": (b'{"facts": {"file_name": "a\0.json"}}', "not valid JSON: Invalid control character"),
     "utf16": ("{}".encode("utf-16"), "not UTF-8 but UTF-16"),
     "empty": ("", "is empty"),
@@ -49,19 +49,19 @@ REGISTRIES: dict[str, tuple[str | bytes, str]] = {
 ROWS: dict[str, tuple[str, str]] = {
     "deep": ("[\n" + ROW + ', "x": ' + DEEP + "}]", "nested too deeply"),
     "digits": ("[\n" + ROW + "},\n" + ROW + f', "x": {NINES}}}]', ": a number of 5000 digits"),
-    "nan": ("[\n" + ROW + "},\n" + ROW + ', "x": NaN}]', ":3: NaN is not a number that JSON has"),
-    "infinite": ("[\n" + ROW + "},\n" + ROW + ', "x": -Infinity}]', ":3: -Infinity is not a number"),
+    "nan": ("[\n" + ROW + "},\n" + ROW + ', "x": NaN}]', ":3: NaN is not a JSON number"),
+    "infinite": ("[\n" + ROW + "},\n" + ROW + ', "x": -Infinity}]', ":3: -Infinity is not a JSON number"),
     "too_large": ("[\n" + ROW + ', "x": 1e400}]', ":2: the number '1e400' is too large"),
     "twice": ("[\n" + ROW + ', "output": "c"}]', ":2: the key 'output' is given twice"),
-    "surrogate": ('[\n{"instruction": "\\udc00", "output": "b"}]', ":2: a text holds half a character"),
-    "nul": ('[\n\n{"instruction": "\\u0000", "output": "b"}]', ":3: a text holds a NUL character"),
-    "nul_key": ('[\n\n{"instruction\\u0000": "x", "output": "b"}]', ":3: a text holds a NUL character"),
+    "surrogate": ('[\n{"instruction": "\\udc00", "output": "b"}]', ":2: a text contains a lone surrogate"),
+    "nul": ('[\n\n{"instruction": "\\u0000", "output": "b"}]', ":3: a text contains a NUL character"),
+    "nul_key": ('[\n\n{"instruction\\u0000": "x", "output": "b"}]', ":3: a text contains a NUL character"),
     "column": ('[{"instruction": 3, "output": "b"}]', ":1: the row 'instruction' is int, not text"),
 }  # fmt: skip
 
 
 def refusal(mini: MiniProject, also: Callable[[Path], object] = lambda folder: None) -> str:
-    """What a plan, and then the step, say of what lies in the data folder."""
+    """Return the messages of a plan and of the step about the data folder."""
     recipe, out = load_recipe(mini.recipe_path()), mini.root / "out"
     (out / "raw").mkdir(parents=True)
     (out / "split").mkdir()
@@ -103,7 +103,7 @@ def test_rows(mini: MiniProject, kind: str, lines: bool):
 
 def test_the_line_of_a_refused_row_in_json_lines(tmp_path: Path):
     (tmp_path / "x.jsonl").write_text(ROW + "}\n" + ROW + ', "x": NaN}\n')
-    with pytest.raises(BadInput, match=r"x.jsonl:2: NaN is not a number that JSON has"):
+    with pytest.raises(BadInput, match=r"x.jsonl:2: NaN is not a JSON number"):
         read_rows(tmp_path / "x.jsonl")
 
 
@@ -117,7 +117,7 @@ THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
     "device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "folder": (lambda path: path.mkdir(), "is a folder, not a file"),
     "ring": (lambda path: path.symlink_to(path.name), ""),
-    "gone": (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+    "gone": (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which does not exist"),
 }
 
 
@@ -125,7 +125,7 @@ THINGS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("name", ["data/dataset_info.json", "data/facts.json", "base/config.json",
                                   "base/tokenizer.json", "base/model.safetensors",
                                   "base/chat_template.jinja"])  # fmt: skip
-def test_what_is_no_file_is_named(mini: MiniProject, kind: str, name: str):
+def test_a_path_that_is_not_a_file_is_named(mini: MiniProject, kind: str, name: str):
     mini.empty_base()
     make, words = THINGS[kind]
     (mini.root / name).unlink(missing_ok=True)
@@ -137,8 +137,8 @@ def test_what_is_no_file_is_named(mini: MiniProject, kind: str, name: str):
     assert Path(name).name in said or (kind == "gone" and "nowhere" in said)
 
 
-def test_a_file_that_breaks_off_is_named(mini: MiniProject):
-    """A file of the system that says it is regular and cannot be read."""
+def test_a_file_with_a_read_error_is_named(mini: MiniProject):
+    """The system reports a regular file, and reading it fails."""
     mini.empty_base()
     (mini.root / "base" / "tokenizer.json").symlink_to("/proc/self/mem")
     assert "tokenizer.json: cannot be read: Input/output error" in refusal(mini)
@@ -146,7 +146,7 @@ def test_a_file_that_breaks_off_is_named(mini: MiniProject):
 
 @pytest.mark.parametrize("name", ["~", "/", "..", ".", "", "/usr", "/proc", "./data", "~nobody_of_this_name",
                                   "/dev/null", "x" * 5000, "./" + "x" * 300, "\0"])  # fmt: skip
-def test_folders_that_are_no_model_are_not_walked(mini: MiniProject, name: str):
+def test_folders_that_are_not_a_model_are_not_searched(mini: MiniProject, name: str):
     recipe = load_recipe(mini.recipe_path())
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"model_name_or_path": name})})
     began = time.monotonic()
@@ -155,7 +155,7 @@ def test_folders_that_are_no_model_are_not_walked(mini: MiniProject, name: str):
     assert time.monotonic() - began < 1
 
 
-def test_only_the_names_of_the_folder_itself_are_looked_at(mini: MiniProject, monkeypatch: pytest.MonkeyPatch):
+def test_subfolders_are_not_searched(mini: MiniProject, monkeypatch: pytest.MonkeyPatch):
     base = mini.empty_base()
     (base / "LICENSES").mkdir()
     recipe = load_recipe(mini.recipe_path())
@@ -183,7 +183,7 @@ def test_json_of_models(tmp_path: Path, content: str | bytes, words: str):
     assert str(path) in str(caught.value) and words in str(caught.value)
 
 
-def test_what_models_do_write_is_taken(tmp_path: Path):
+def test_json_that_models_really_have_is_accepted(tmp_path: Path):
     """Mamba 2's configuration has Infinity, vocabularies have a NUL character."""
     (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "\\u0000": 1}')
     assert read_model_json(tmp_path / "config.json")["\0"] == 1
@@ -229,7 +229,7 @@ def test_a_head_that_would_fill_the_memory_is_not_read(tmp_path: Path):
         read_head(path)
 
 
-def test_many_unknown_data_sets_are_told_at_once(mini: MiniProject):
+def test_many_unknown_data_sets_are_reported_at_once(mini: MiniProject):
     mini.empty_base()
     names = {f"data_set_{n}": {"file_name": "facts.json"} for n in range(5000)}
     (mini.root / "data" / "dataset_info.json").write_text(json.dumps(names))

@@ -54,7 +54,7 @@ def _secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """A file that hostile code writes; the test fails if it is there at the end."""
+    """A file that hostile code writes; the test fails if it exists at the end."""
     file = tmp_path / "ran"
     yield file
     assert not file.exists(), f"code of a model ran and read {file.read_text()!r}"
@@ -62,7 +62,7 @@ def marker(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def evil(marker: Path, tmp_path: Path) -> str:
-    """A class of a hostile file outside of the model's folder, as auto_map names it."""
+    """A class in a hostile file outside the model folder, as auto_map names it."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     hostile(folder / "evil.py", marker)
@@ -77,7 +77,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 # what is taken from a hub and from a folder
 
 
-def test_a_hub_s_code_is_neither_fetched_nor_run(
+def test_code_of_a_hub_is_neither_downloaded_nor_run(
     tmp_path: Path, marker: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = to_convert(tmp_path / "repository", "GLM", "LICENSE_tok.Tok")
@@ -102,7 +102,7 @@ def test_a_hub_s_code_is_neither_fetched_nor_run(
         converter.convert_vocabulary(tmp_path / "out", tmp_path / "vocabulary.gguf", cache)
 
 
-def test_a_folder_s_code_is_neither_copied_nor_run(tmp_path: Path, marker: Path, cache: Path) -> None:
+def test_code_of_a_folder_is_neither_copied_nor_run(tmp_path: Path, marker: Path, cache: Path) -> None:
     folder = to_convert(tmp_path / "base", "GLM", "LICENSE_tok.Tok")
     before = base_model.source_digests(UNTRUSTED, tmp_path, DigestCache(None))
     for name in IMPORTABLE:
@@ -262,7 +262,7 @@ def test_a_merge_runs_no_code(tmp_path: Path, evil: str) -> None:
         launch.run({**job, **sections}, lambda event: None)
 
 
-def test_a_merge_takes_no_code_along(tmp_path: Path, marker: Path, evil: str) -> None:
+def test_a_merge_copies_no_code(tmp_path: Path, marker: Path, evil: str) -> None:
     base = naming_code(tmp_path / "base", evil)
     adapter = tiny_adapter(tiny_base(tmp_path / "plain"), tmp_path / "adapter")
     for name in ("LICENSE_tok.py", "tokenizer_x.py", "modeling_x.py"):

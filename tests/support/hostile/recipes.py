@@ -119,7 +119,7 @@ THINGS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a_socket": (_socket, "is a socket, not a file"),
     "a_device": (lambda path: path.symlink_to("/dev/zero"), "is a device, not a file"),
     "a_terminal": (lambda path: path.symlink_to("/dev/tty"), "not a file"),
-    "gone": (lambda path: path.symlink_to("nowhere.yaml"), "is a link to nowhere.yaml, which is not there"),
+    "gone": (lambda path: path.symlink_to("nowhere.yaml"), "is a link to nowhere.yaml, which does not exist"),
     "a_ring": (lambda path: path.symlink_to(path.name), "cannot be read: Too many levels of symbolic links"),
 }  # fmt: skip
 
