@@ -1,4 +1,4 @@
-"""The errors that an error came from."""
+"""The chain of errors that caused an error."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it came from, as a traceback shows them, each once.
+    """Yield an error and its causes, as a traceback shows them, each once.
 
-    Dagster links the errors of a failed step into a ring: without a memory the walk has no end.
+    Dagster links the errors of a failed step into a cycle, so errors that were yielded before end the walk.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -1,7 +1,7 @@
-"""The two ways a run can fail, each with one message a person can act on.
+"""The two kinds of failures, each with a message that a person can act on.
 
-Everything that a user can put right is raised as one of these; the command line prints the message (and the
-hint) without a traceback and exits with `exit_code`.
+What a user can correct is raised as one of these. The command line prints the message and the hint without a
+traceback, and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from finetune_assets.reporting.masking import mask
 
 PACKAGE = Path(__file__).resolve().parents[1]
-LONGEST = 500  # characters shown of the text of an unforeseen error
+LONGEST = 500  # characters of an unexpected error's text that are shown
 
 
 class FinetuneError(Exception):
-    """A failure explained: what was wrong and where (`message`), and what to do about it (`hint`)."""
+    """A failure: what is wrong and where (`message`), and what to do (`hint`)."""
 
     exit_code = 1
 
@@ -27,24 +27,24 @@ class FinetuneError(Exception):
 
 
 class StepFailed(FinetuneError):
-    """A step or a check could not do its work: the base model is not there, the disk is full, a server is down."""
+    """A step or a check that failed: a base model is missing, the disk is full, a server is down."""
 
     exit_code = 1
 
 
 class BadInput(FinetuneError):
-    """The recipe, the data or the command line is wrong; nothing was started."""
+    """An error in the recipe, the data or the command line; nothing was started."""
 
     exit_code = 2
 
 
 def clean(text: str) -> str:
-    """A text as UTF-8 can carry it: bytes of a file's name that are not text become escapes such as `\\udcff`."""
+    """Return a text that UTF-8 can encode: undecodable bytes of a file name become escapes such as `\\udcff`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def unforeseen(error: Exception, what: str) -> StepFailed:
-    """Describe an error that nobody foresaw: its type, its text, and the line of this program that met it.
+    """Describe an unexpected error: its type, its text, and the line of this program where it passed.
 
     Args:
         what: the work that failed, such as `demo/lora_adapter`.
@@ -60,7 +60,7 @@ def unforeseen(error: Exception, what: str) -> StepFailed:
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of this program that the error passed: ` (export/merge.py:120)`."""
+    """Return the innermost line of this program in the traceback: ` (export/merge/merge.py:120)`."""
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = Path(frame.f_code.co_filename)
         if file.is_relative_to(PACKAGE):

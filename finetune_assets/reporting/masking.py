@@ -1,7 +1,7 @@
-"""Secrets kept out of what is shown and recorded: messages, logs, manifests and Dagster's database.
+"""Masking of secrets in messages, logs, manifests and Dagster's database.
 
-A text is masked where it leaves: errors as they are raised, events as they are passed on, manifests as they are
-written, logging as its records are made.
+Texts are masked where they leave the program: when an error is raised, an event is published, a manifest is written,
+or a logging record is made.
 """
 
 from __future__ import annotations
@@ -17,16 +17,22 @@ from urllib.parse import unquote, urlsplit
 from finetune_assets.reporting.causes import causes
 
 HIDDEN = "***"
-SHORTEST = 6  # characters: shorter values of a variable are settings, or would be found in any text
+SHORTEST = 6  # characters: shorter values are settings, or occur in any text
 # Environment variables that hold a secret have one of these words in their names.
 SECRET_WORDS = {
     *("APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "KEYS", "PASS", "PASSPHRASE", "PASSWD", "PASSWORD", "PAT"),
     *("SECRET", "SECRETS", "TOKEN", "TOKENS", "WEBHOOK"),
 }
-PLAIN_ENDS = {"DIR", "FILE", "ID", "NAME", "PATH"}  # of names whose value says where a secret is, or whose it is
+PLAIN_ENDS = {
+    "DIR",
+    "FILE",
+    "ID",
+    "NAME",
+    "PATH",
+}  # last words of names whose value is the place or the owner of a secret
 ADDRESS_WORDS = {"ENDPOINT", "HOST", "INDEX", "MIRROR", "PROXY", "REGISTRY", "URI", "URL", "URLS"}
 
-# Bounded everywhere: a text of a million letters must not take longer than its length.
+# Every repetition is bounded, so that the time is proportional to the length of the text.
 _USER_INFO = re.compile(r"""(\b[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#'"<>]{0,1000}@""")
 _PARAMETER = re.compile(
     r"""([?&;][\w.-]{0,60}(?:token|key|secret|passw|pwd|signature|sig|auth|credential)[\w.-]{0,60}=)[^&;\s#'"<>)\]]+""",
@@ -37,7 +43,7 @@ _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def mask(text: str) -> str:
-    """The text without user names and passwords in addresses, token parameters, hub tokens, and values of secrets."""
+    """Mask user names and passwords in URLs, token parameters, hub tokens and values of secret variables."""
     for secret in _secrets():
         text = text.replace(secret, HIDDEN)
     text = _USER_INFO.sub(rf"\1{HIDDEN}@", text)
@@ -47,7 +53,7 @@ def mask(text: str) -> str:
 
 
 def masked(value: Any, but: Collection[str] = ()) -> Any:
-    """A JSON value with its texts masked, keys aside.
+    """Mask the texts of a JSON value, but not its keys.
 
     Args:
         but: keys of the outermost object whose values stay as they are.
@@ -60,11 +66,11 @@ def masked(value: Any, but: Collection[str] = ()) -> Any:
 
 
 class MaskedError(Exception):
-    """An exception as it may be recorded: class and text of another one."""
+    """A masked copy of an exception: its class and its masked text."""
 
 
 def masked_error(error: BaseException) -> BaseException:
-    """The error itself, or, if it or one of its causes names a secret, a copy of the chain that does not."""
+    """Return the error, or a masked copy of its chain if the error or one of its causes contains a secret."""
     chain = list(causes(error))
     if all(mask(str(link)) == str(link) for link in chain):
         return error
@@ -77,14 +83,14 @@ def masked_error(error: BaseException) -> BaseException:
 
 
 def mask_logging() -> None:
-    """Have every logging record of this process masked when it is made, whichever library makes it."""
+    """Mask every logging record of this process, whichever library makes it."""
     make = logging.getLogRecordFactory()
     if getattr(make, "masks", False):
         return
 
     def factory(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
-        with suppress(TypeError, ValueError):  # of a record whose arguments do not fit: logging reports it
+        with suppress(TypeError, ValueError):  # the arguments of the record do not fit; logging reports that
             text = record.getMessage()
             if (shown := mask(text)) != text:
                 record.msg, record.args = shown, ()
@@ -99,24 +105,24 @@ def _mark(factory: Callable[..., logging.LogRecord]) -> None:
 
 
 def _secrets() -> list[str]:
-    """What the environment holds that nobody may read, longest first."""
-    found: set[str] = set()
+    """Return the secrets in the environment, longest first."""
+    secrets: set[str] = set()
     for name, value in os.environ.items():
         words = name.upper().split("_")
         if len(value) >= SHORTEST and SECRET_WORDS & set(words) and words[-1] not in PLAIN_ENDS:
-            found.add(value)
+            secrets.add(value)
         if "@" in value and ADDRESS_WORDS & set(words):
-            found |= _passwords(value)
-    return sorted(found, key=len, reverse=True)
+            secrets |= _passwords(value)
+    return sorted(secrets, key=len, reverse=True)
 
 
 def _passwords(addresses: str) -> set[str]:
-    """Passwords in addresses, as they are written there and as they are meant."""
-    found: set[str] = set()
+    """Return the passwords in URLs, as written and percent-decoded."""
+    secrets: set[str] = set()
     for address in addresses.split():
         with suppress(ValueError):
             parts = urlsplit(address if "://" in address else f"//{address}")
             user, _, password = parts.netloc.rpartition("@")[0].partition(":")
             secret = password or user  # a token may stand alone
-            found |= {text for text in (secret, unquote(secret)) if len(text) >= SHORTEST}
-    return found
+            secrets |= {text for text in (secret, unquote(secret)) if len(text) >= SHORTEST}
+    return secrets

@@ -1,4 +1,4 @@
-"""Text from files and servers, made harmless for a terminal."""
+"""Text for people: no control characters in a terminal, sizes with units."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 KEPT = "\n\t"
-# Characters that change the order in which others are shown, or hide between them; U+200C and U+200D join letters.
+# Characters that change the order of others or are invisible. U+200C and U+200D join letters and are kept.
 DIRECTIONS = [0x061C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF, 0x2028, 0x2029]
 
 
@@ -20,21 +20,21 @@ _IN_JSON = {code: json.dumps(chr(code))[1:-1] for code in _SHOWN if code >= 0x20
 
 
 def printable(text: str) -> str:
-    r"""The text with everything that steers a terminal written out (`\x1b`); newlines and tabs stay.
+    r"""Escape what controls a terminal (`\x1b`), except newlines and tabs.
 
-    That is: control characters, those that change the direction of writing, and lone surrogates, which no terminal's
-    encoding holds.
+    That is: control characters, characters that change the direction of writing, and lone surrogates, which cannot be
+    encoded.
     """
     return text.translate(_SHOWN)
 
 
 def printable_json(value: Any) -> str:
-    """JSON text in which the same characters are escaped: it means the same value."""
+    """Return JSON text of the same value in which those characters are escaped."""
     return json.dumps(value, indent=2, ensure_ascii=False).translate(_IN_JSON)
 
 
 def human_size(size: float) -> str:
-    """Bytes in decimal units: `538.1 MB`."""
+    """Return a size in bytes with a decimal unit: `538.1 MB`."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Secrets: masked in every message, log, manifest and database, wherever they came from."""
+"""Secrets are masked in every message, log, manifest and database."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("", ""),
     ],
 )  # fmt: skip
-def test_what_is_masked(text: str, shown: str):
+def test_masked_texts(text: str, shown: str):
     assert mask(text) == shown
     assert mask(shown) == shown
 
@@ -74,7 +74,7 @@ def test_json_values():
     assert masked(value, but=["template"]) == {"a": ["http://***@h", 1, None], "template": value["template"]}
 
 
-def test_what_libraries_log(caplog: pytest.LogCaptureFixture):
+def test_logs_of_libraries(caplog: pytest.LogCaptureFixture):
     before = logging.getLogRecordFactory()
     try:
         mask_logging()
@@ -119,7 +119,7 @@ class Client:
         return done
 
     def leaks(self) -> list[str]:
-        """The files of DAGSTER_HOME that hold a secret, databases and compute logs included."""
+        """Return the files of DAGSTER_HOME that contain a secret, including databases and compute logs."""
         files = [path for path in self.project.home.rglob("*") if path.is_file() and not path.is_symlink()]
         assert any(path.suffix == ".db" for path in files)
         words = (SECRET.encode(), TOKEN.encode())
@@ -172,7 +172,7 @@ def test_doctor(client: Client):
 
 
 def test_an_unforeseen_error_of_a_step(client: Client):
-    """Whatever a step raises, Dagster records it with all that it came from."""
+    """Dagster records every error of a step with its causes."""
     script = f"""
 import sys
 from finetune_assets import cli

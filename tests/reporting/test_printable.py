@@ -1,4 +1,4 @@
-"""What files and servers hold never steers the terminal: rows, names, values, answers, errors."""
+"""Text of files and servers cannot control the terminal: rows, names, values, answers, errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def harmless(text: str) -> bool:
     return STEERING.search(text) is None
 
 
-def test_what_is_written_out():
+def test_escaped_characters():
     assert printable("a\x1b[2J\x9bb\u202ec\ud800\r\n\td") == "a\\x1b[2J\\x9bb\\u202ec\\ud800\\x0d\n\td"
     assert printable("客服 é 👩\u200d💻 عربي") == "客服 é 👩\u200d💻 عربي"
 
@@ -74,7 +74,7 @@ def test_everything_that_a_console_prints(monkeypatch: pytest.MonkeyPatch):
 
 
 class Nasty:
-    """An engine whose answers are what an attacker would have a model say."""
+    """An engine that answers as a hostile model would."""
 
     name = f"mini{CLEAR}"
     speed: float | None = None
