@@ -1,7 +1,7 @@
-"""The environment variables of child processes: short lists of what each needs, so that no secret gets there.
+"""The environment variables of child processes: short lists of what each needs, so that no secret is passed on.
 
-What is not listed is not passed on: tokens of hubs, keys of clouds, the address of the failure webhook, passwords of
-databases. docs/trust.md gives the reason for each group, and a test compares it with the lists below.
+Other variables are not passed on: hub tokens, cloud keys, the URL of the failure webhook, database passwords.
+docs/trust.md gives the reason for each group, and a test compares it with the lists below.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class Group:
     """Variables that belong together.
 
     Args:
-        names: exactly these.
-        prefixes: all variables whose names begin so, except those that are named like a secret.
+        names: names of variables.
+        prefixes: beginnings of names; names that look like a secret are excluded.
     """
 
     names: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Group:
 
 
 SYSTEM = Group(
-    # the last two say to whoever looks at the processes which project each belongs to
+    # the last two show to which project a process belongs
     names=("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TEMP", "TMP", "LANG", "LANGUAGE", "TZ", "VIRTUAL_ENV",
            "CONDA_PREFIX", "LD_LIBRARY_PATH", "LD_PRELOAD", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH",
            "FINETUNE_PROJECT", "DAGSTER_HOME"),
@@ -52,21 +52,21 @@ NETWORK = Group(
     names=("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy",
            "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "NETRC"),
 )  # fmt: skip
-PIP = re.compile("PIP_")  # whole: the address of an index may hold its password, and pip needs it
+PIP = re.compile("PIP_")  # unmasked: the URL of an index may contain its password, which pip needs
 OLLAMA = Group(prefixes=("OLLAMA_",))
 
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    # neither the variable nor the file that `hf auth login` writes
+    # use neither the variable nor the file that `hf auth login` writes
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "HF_TOKEN_PATH": os.devnull,
 }
-"""What children get that work with a model's files: these lie in a folder, nothing is asked of a hub."""
+"""The variables of children that read a model from a folder and need no hub."""
 
 
 def for_worker(*, trust: bool, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What a worker process gets.
+    """Return the environment of a worker process.
 
     Args:
         trust: whether the model's own code may run.
@@ -76,19 +76,19 @@ def for_worker(*, trust: bool, environment: Mapping[str, str] = os.environ) -> d
 
 
 def for_converter(*, trust: bool, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What llama.cpp's converter gets: it works on the CPU."""
+    """Return the environment of llama.cpp's converter, which uses the CPU."""
     own = _chosen(environment, SYSTEM, THREADS, LIBRARIES)
     return own | OFFLINE | _modules(trust) | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def for_pip(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What pip gets when it fetches a pinned wheel, of which it runs nothing."""
+    """Return the environment of pip, which downloads a pinned wheel and runs nothing of it."""
     pip = {name: value for name, value in environment.items() if PIP.match(name)}
     return _chosen(environment, SYSTEM, NETWORK) | pip
 
 
 def for_ollama(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What an Ollama server gets that we start."""
+    """Return the environment of an Ollama server that this program starts."""
     return _chosen(environment, SYSTEM, THREADS, ACCELERATORS, OLLAMA)
 
 
@@ -97,5 +97,5 @@ def _chosen(environment: Mapping[str, str], *groups: Group) -> dict[str, str]:
 
 
 def _modules(trust: bool) -> dict[str, str]:
-    """Where transformers copies a model's code before it runs it: no folder, so that it cannot, where none may run."""
+    """Return the folder where transformers copies a model's code before running it; none if it must not run."""
     return {} if trust else {"HF_MODULES_CACHE": os.devnull}

@@ -1,4 +1,4 @@
-"""Where the numbers are crunched: the best accelerator of this machine and the precision that suits it."""
+"""Device and precision selection."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Device:
 
     Attributes:
         kind: cuda, mps or cpu.
-        precision: of the matrix products; adapters are kept in fp32 whatever it is.
-        name: as the vendor calls it.
-        memory_gib: GiB of the accelerator's own memory; main memory for mps and cpu.
+        precision: of the matrix products; adapters are always kept in fp32.
+        name: the vendor's name.
+        memory_gib: memory of the accelerator in GiB; main memory for mps and cpu.
     """
 
     kind: Kind
@@ -37,43 +37,43 @@ class Device:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The torch dtype of `precision`."""
+        """Return the torch dtype of `precision`."""
         import torch
 
         return getattr(torch, DTYPES[self.precision])
 
     @property
     def torch_device(self) -> torch.device:
-        """The torch device to put tensors on."""
+        """Return the torch device for tensors."""
         import torch
 
         return torch.device(self.kind)
 
 
 def choose_device(bf16: bool | None = None, fp16: bool | None = None, kind: str = "auto") -> Device:
-    """The device to work on: an NVIDIA or AMD GPU, else Apple's, else the CPU.
+    """Choose the device: an NVIDIA or AMD GPU, else the Apple GPU, else the CPU.
 
     Args:
-        bf16: True demands bfloat16, False rules it out, None leaves it to the device.
+        bf16: True requires bfloat16, False excludes it, None leaves it to the device.
         fp16: likewise for float16.
         kind: auto, or one of cuda, mps, cpu.
 
     Raises:
-        StepFailed: this machine has no such device, or the device cannot do the demanded precision.
+        StepFailed: the machine has no such device, or the device does not support the required precision.
     """
     import torch
 
-    there: dict[str, bool] = {
+    available: dict[str, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if kind == "auto":
-        kind = next(name for name, is_there in there.items() if is_there)
-    elif not there.get(kind):
+        kind = next(name for name, usable in available.items() if usable)
+    elif not available.get(kind):
         raise StepFailed(
             f"this machine has no {kind} device that PyTorch {torch.__version__} can use",
-            f"use auto, or one of: {', '.join(name for name, is_there in there.items() if is_there)}",
+            f"use auto, or one of: {', '.join(name for name, usable in available.items() if usable)}",
         )
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -88,30 +88,30 @@ def choose_device(bf16: bool | None = None, fp16: bool | None = None, kind: str 
         name = f"Apple {platform.machine()} GPU"
         return Device("mps", _precision("mps", name, mps_can, ["fp32"], bf16, fp16), name, main_memory_gib())
     name = f"{platform.processor() or platform.machine()} CPU, {cores()} cores"
-    # Most CPUs compute bf16 by conversion, several times slower than fp32: only where it is asked for.
+    # Most CPUs convert bf16 to compute, several times slower than fp32: used on request only.
     return Device("cpu", _precision("cpu", name, ["bf16", "fp32"], ["fp32"], bf16, fp16), name, main_memory_gib())
 
 
 def _precision(
     kind: Kind, name: str, can: list[Precision], best: list[Precision], bf16: bool | None, fp16: bool | None
 ) -> Precision:
-    """The demanded precision if the device `can`; else the first of `best` that is not ruled out."""
+    """Return the required precision if the device `can`; else the first of `best` that is not excluded."""
     if bf16 and fp16:
-        raise StepFailed("bf16 and fp16 are both demanded, and exclude each other", "set one of them, or neither")
+        raise StepFailed("bf16 and fp16 are both true, but exclude each other", "set one of them, or neither")
     wishes: dict[Precision, bool | None] = {"bf16": bf16, "fp16": fp16}
-    for wish, wanted in wishes.items():
-        if wanted and wish not in can:
+    for wish, required in wishes.items():
+        if required and wish not in can:
             raise StepFailed(
-                f"train.{wish} is true, but {name} ({kind}) computes in {' or '.join(can)} only",
-                f"take {wish} out of the recipe: the precision is then chosen to suit the device",
+                f"train.{wish} is true, but {name} ({kind}) supports {' or '.join(can)} only",
+                f"remove train.{wish} from the recipe: the device then chooses the precision",
             )
-        if wanted:
+        if required:
             return wish
     return next(precision for precision in best if wishes.get(precision) is not False)
 
 
 def main_memory_gib() -> float:
-    """GiB of main memory that this process may use: the machine's, or its container's where that is less."""
+    """Return the main memory in GiB that this process may use: the smaller of the machine's and the container's."""
     import psutil
 
     total = psutil.virtual_memory().total

@@ -1,4 +1,4 @@
-"""Disk trouble in words: full, read-only, not ours."""
+"""Turn disk errors (full, read-only, permission) into actionable messages."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.printable import human_size
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Libraries written in other languages raise errors of their own, which carry the system's words only.
+# Libraries in other languages raise their own errors, which contain the system's message only.
 FULL_WORDS = ("No space left on device", "Disk quota exceeded", "database or disk is full")
-SQLITE_WORDS = ("disk I/O error",)  # also of a disk so full that it cannot make its lock file
-NOTHING = 1_000_000  # bytes free, or fewer: then that is why
+SQLITE_WORDS = ("disk I/O error",)  # sqlite says so as well when a full disk has no room for its lock file
+NOTHING = 1_000_000  # bytes: with less free space, a full disk is the cause
 READ_ONLY_WORDS = ("Read-only file system", "attempt to write a readonly database")
 
 
 def disk_trouble(
     error: BaseException, folder: Path, *, setting: str = "DAGSTER_HOME", outcome: str = "nothing was published"
 ) -> StepFailed | None:
-    """The failure to report for an error met while writing below `folder`, or None if the disk is not to blame.
+    """Return the failure for an error while writing below `folder`; None if the disk did not cause it.
 
     Args:
-        setting: the environment variable that puts the folder elsewhere.
-        outcome: what became of the work.
+        setting: the environment variable that moves the folder.
+        outcome: the state of the work, for the message.
     """
-    if _says(error, FULL, FULL_WORDS) or (_says(error, (), SQLITE_WORDS) and free_bytes(folder) < NOTHING):
+    if _matches(error, FULL, FULL_WORDS) or (_matches(error, (), SQLITE_WORDS) and free_bytes(folder) < NOTHING):
         return StepFailed(
             f"no space left on the disk of {folder} ({human_size(free_bytes(folder))} free); {outcome}",
             f"free some space, or set {setting} to a folder on a larger disk",
         )
-    if _says(error, (errno.EROFS,), READ_ONLY_WORDS):
+    if _matches(error, (errno.EROFS,), READ_ONLY_WORDS):
         return StepFailed(
             f"the disk of {folder} is read-only; {outcome}",
-            f"make it writable, or set {setting} to a folder on another disk",
+            f"make it writable, or set {setting} to a folder on a different disk",
         )
     if isinstance(error, OSError):
         return StepFailed(f"{error.filename or folder}: {error.strerror or error}; {outcome}")
@@ -43,12 +43,12 @@ def disk_trouble(
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk of a folder that may not be there yet."""
+    """Return the free bytes on the disk of a folder, which need not exist."""
     return shutil.disk_usage(_existing(folder)).free
 
 
 def same_disk(one: Path, other: Path) -> bool:
-    """Whether two folders, which may not be there yet, share the space that is free."""
+    """Return whether two folders, which need not exist, are on the same disk."""
     return _existing(one).stat().st_dev == _existing(other).stat().st_dev
 
 
@@ -56,8 +56,8 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
 
 
-def _says(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
+def _matches(error: BaseException | None, numbers: tuple[int, ...], words: tuple[str, ...]) -> bool:
     return any(
-        (isinstance(met, OSError) and met.errno in numbers) or any(word in str(met) for word in words)
-        for met in causes(error)
+        (isinstance(link, OSError) and link.errno in numbers) or any(word in str(link) for word in words)
+        for link in causes(error)
     )

@@ -1,4 +1,4 @@
-"""What child processes see of the environment: what they need, and none of the secrets."""
+"""The environment of child processes: what they need, and no secret."""
 
 from __future__ import annotations
 

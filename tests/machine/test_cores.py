@@ -1,4 +1,4 @@
-"""How many threads are worth starting."""
+"""The number of cores that a process may use."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_the_older_control_groups(tmp_path: Path) -> None:
     assert [*_shares(root, member(tmp_path, "/"))] == [2]
 
 
-def test_where_nothing_is_told(tmp_path: Path) -> None:
+def test_without_control_groups(tmp_path: Path) -> None:
     assert [*_shares(tmp_path / "no", tmp_path / "none")] == []
     (tmp_path / "strange").write_text("what")
     assert [*_shares(tmp_path, tmp_path / "strange")] == []
 
 
-def test_the_least_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_smallest_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cores, "CGROUPS", tmp_path)
     allowed = cores.cores()
     assert 1 <= allowed <= (os.cpu_count() or 1)

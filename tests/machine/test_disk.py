@@ -1,4 +1,4 @@
-"""A full disk and a read-only one, for real: what is said, that nothing is left behind, that it can be put right."""
+"""Real disks that are full or read-only: the message, no files left behind, and success after a correction."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def small(mini: MiniProject) -> Iterator[MiniProject]:
 
 
 def read_only(project: MiniProject) -> None:
-    """Nothing may be open for writing there, or this fails: `mount point is busy`."""
+    """Fails with `mount point is busy` while a file there is open for writing."""
     subprocess.run(["mount", "-o", "remount,ro", str(project.home)], check=True)
 
 
 def fill(project: MiniProject, room: int = 0) -> Path:
-    """Take what is left of the disk, but for `room` bytes."""
+    """Fill the disk, except for `room` bytes."""
     path = project.home / "filler"
     with path.open("wb", buffering=0) as file:
         try:
@@ -134,7 +134,7 @@ def save_in_sqlite(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [save_safetensors, save_in_sqlite])
-def test_libraries_with_errors_of_their_own(small: MiniProject, save: Callable[[Path], None]):
+def test_errors_of_libraries(small: MiniProject, save: Callable[[Path], None]):
     def body(step: Step) -> Made:
         save(step.staging)
         return Made({})
@@ -183,7 +183,7 @@ def finetune(project: MiniProject, *arguments: str, **environment: str) -> subpr
 
 @pytest.mark.parametrize("room", [20_000, 80_000, 140_000])
 def test_a_run_on_a_full_disk_says_so(small: MiniProject, room: int):
-    """Room for the data, and none for Dagster's history."""
+    """There is room for the data, but not for Dagster's history."""
     fill(small, room)
     done = finetune(small, "run", "mini", "--to", "raw_dataset")
     assert done.returncode == 1, done.stderr
@@ -205,7 +205,7 @@ def test_a_run_that_cannot_fit_is_not_begun(small: MiniProject, room: int):
     assert [path.name for path in small.home.iterdir() if path != filler] in ([], ["cache"]), "nothing was written"
 
 
-def test_nor_is_one_that_was_started_elsewhere(small: MiniProject):
+def test_a_run_started_in_dagster_that_cannot_fit_is_not_begun(small: MiniProject):
     big_data(small)
     small.empty_base()
     job = bound(recipe_definitions(load_recipe(small.recipe_path()), small)).resolve_job_def(job_name("mini"))

@@ -278,7 +278,7 @@ def test_devices() -> None:
     assert (cpu.kind, cpu.precision) == ("cpu", "fp32") and cpu.memory_gib > 0
     assert str(cpu.torch_device) == "cpu" and str(cpu.dtype) == "torch.float32"
     assert choose_device(bf16=True, kind="cpu").precision == "bf16"
-    with pytest.raises(StepFailed, match="computes in bf16 or fp32 only"):
+    with pytest.raises(StepFailed, match="supports bf16 or fp32 only"):
         choose_device(fp16=True, kind="cpu")
     with pytest.raises(StepFailed, match="no vax device"):
         choose_device(kind="vax")
