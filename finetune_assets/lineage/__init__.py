@@ -1,4 +1,4 @@
 """What each asset reads, whether it is stale, what it costs, and how it is published.
 
-It knows nothing of Dagster. Front doors: `plan` and `materialise`.
+The room does not know Dagster. Front doors: `plan` and `materialise`.
 """

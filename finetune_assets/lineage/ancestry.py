@@ -1,4 +1,4 @@
-"""What a published artifact was made of, back to the first rows: read from the manifests, and from nothing else."""
+"""The ancestry of a published artifact, back to the first rows, read from the manifests alone."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from finetune_assets.store.artifact_store import ArtifactStore
 
 @dataclass(frozen=True)
 class Ancestor:
-    """An artifact, or the name of one that is gone."""
+    """An artifact, or the name of one that was removed."""
 
     asset: str
     fingerprint: str
     artifact: Artifact | None
 
     def described(self) -> dict[str, Any]:
-        """All there is to say, under the same keys for every asset; None where it is not on record.
+        """Return all that is recorded, under the same keys for every asset; None for a fact that is not recorded.
 
-        `recipe` has the values that were not the defaults. `rows` are digests of rows: of those that it holds, or of
-        those that it read.
+        `recipe` has the values that differed from the defaults. `rows` has digests of the rows that the artifact holds,
+        or that its step read.
         """
         manifest: Mapping[str, Any] = self.artifact.manifest if self.artifact else {}
-        made: Mapping[str, Any] = manifest.get("ingredients", {})
+        ingredients: Mapping[str, Any] = manifest.get("ingredients", {})
         metrics: Mapping[str, Any] = manifest.get("metrics", {})
         return {
             "asset": self.asset,
@@ -37,30 +37,30 @@ class Ancestor:
             "data_version": manifest.get("data_version"),
             "created": manifest.get("created"),
             "seconds": manifest.get("seconds"),
-            "code_version": made.get("code_version"),
-            "recipe": made.get("recipe"),
-            "sources": made.get("sources"),
-            "tools": made.get("tools"),
+            "code_version": ingredients.get("code_version"),
+            "recipe": ingredients.get("recipe"),
+            "sources": ingredients.get("sources"),
+            "tools": ingredients.get("tools"),
             "libraries": manifest.get("libraries"),
             "seed": manifest.get("seed"),
             "device": metrics.get("device"),
             "precision": metrics.get("precision"),
             "metrics": _headline(self.asset, metrics),
-            "rows": self._rows(manifest, made),
+            "rows": self._rows(manifest, ingredients),
             "inputs": manifest.get("inputs"),
         }
 
-    def _rows(self, manifest: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, str]:
+    def _rows(self, manifest: Mapping[str, Any], ingredients: Mapping[str, Any]) -> dict[str, str]:
         if self.asset == "dataset_info":
             return dict(manifest.get("parts", {}))
-        read = made.get("upstreams", {})
+        read = ingredients.get("upstreams", {})
         return {key.partition("/")[2]: version for key, version in read.items() if key.startswith("dataset_info/")}
 
 
 def ancestry(recipe: str, asset: str, store: ArtifactStore) -> list[Ancestor]:
-    """The current artifact of an asset and everything that it was made of, each after whatever was made of it.
+    """Return the current artifact of an asset and all its ancestors, each after the artifacts made from it.
 
-    An asset can be there twice: an adapter may have been trained on an earlier snapshot of the same rows.
+    An asset can occur twice: an adapter may have been trained on an earlier snapshot of the same rows.
 
     Raises:
         StepFailed: the asset has not been made.
@@ -68,16 +68,16 @@ def ancestry(recipe: str, asset: str, store: ArtifactStore) -> list[Ancestor]:
     current = store.current(recipe, asset)
     if current is None:
         raise StepFailed(f"{recipe}/{asset} has not been made yet", f"finetune run {recipe} --to {asset}")
-    found = {(asset, current.fingerprint): Ancestor(asset, current.fingerprint, current)}
+    ancestors = {(asset, current.fingerprint): Ancestor(asset, current.fingerprint, current)}
     waiting = [current]
     while waiting:
         for key in waiting.pop().inputs.items():
-            if key not in found:
+            if key not in ancestors:
                 artifact = store.get(recipe, *key)
-                found[key] = Ancestor(*key, artifact)
+                ancestors[key] = Ancestor(*key, artifact)
                 waiting += [artifact] if artifact is not None else []
     order = {name: number for number, name in enumerate(NODES)}
-    return sorted(found.values(), key=lambda item: order.get(item.asset, -1), reverse=True)
+    return sorted(ancestors.values(), key=lambda item: order.get(item.asset, -1), reverse=True)
 
 
 def _headline(asset: str, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What making an asset takes, and what a node can go by to estimate it."""
+"""The cost of making an asset, and the facts from which a node estimates it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Download:
 
 @dataclass(frozen=True)
 class Cost:
-    """What making an asset takes; None: nothing to go by.
+    """The cost of making an asset; None: unknown.
 
     Args:
-        scratch: bytes that the step needs meanwhile and gives back.
-        download: what it fetches from a hub, if the hub was asked.
+        scratch: bytes of temporary files.
+        download: files to fetch from a hub, if the hub was asked.
     """
 
     seconds: float | None
@@ -43,7 +43,7 @@ UNKNOWN = Cost(None, None)
 
 
 class Known:
-    """What can be known without running anything.
+    """All that is known before a run.
 
     Args:
         ask_hub: whether a hub may be asked for the size of a base model.
@@ -67,7 +67,7 @@ class Known:
         self._facts: dict[Callable[[Known], Any], Any] = {}
 
     def past(self, asset: str) -> Artifact | None:
-        """Return what to go by: the asset's current artifact, else its newest, else the newest of any recipe."""
+        """Return the asset's current artifact, else its newest, else the newest of any recipe."""
         if asset not in self._past:
             self._past[asset] = self._find_past(asset)
         return self._past[asset]
@@ -82,14 +82,14 @@ class Known:
         return max(artifacts, key=lambda artifact: artifact.created, default=None)
 
     def of(self, fact: Callable[[Known], T]) -> T:
-        """Return a fact that several nodes go by, worked out once."""
+        """Return a fact that several nodes use, computed once."""
         if fact not in self._facts:
             self._facts[fact] = fact(self)
         return cast(T, self._facts[fact])
 
 
 def seconds_of(past: Artifact | None, code_version: str) -> float | None:
-    """Return how long a past run took, if the step had the code version that it has today."""
+    """Return how long a past run took, if the step had today's code version."""
     if past is None or past.manifest["ingredients"].get("code_version") != code_version:
         return None
     return past.manifest.get("seconds")
@@ -106,5 +106,5 @@ def at_most(count: int, limit: int | None) -> int:
 
 
 def ratio(now: float, before: float) -> float:
-    """Return how much more there is than before; 1 where that is not on record."""
+    """Return now / before; 1 if either is not recorded."""
     return now / before if now and before else 1.0

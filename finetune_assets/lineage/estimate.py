@@ -1,7 +1,7 @@
-"""What a run would take: seconds, by past runs and what drives the work, and bytes on disk. Estimates, not promises.
+"""Estimates of what a run takes: seconds, scaled from past runs, and bytes on disk.
 
-An asset goes by what it was made last; one that was never made goes by the same asset of another recipe in the store.
-What there is nothing to go by for is None.
+An asset is estimated from its own last run; one that was never made, from the same asset of a different recipe in the
+store. None: there is no past run to estimate from.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from finetune_assets.store.artifact_store import ArtifactStore
 
 @dataclass(frozen=True)
 class Total:
-    """What a run takes; `at_most`: with the assets that may come out as they were.
+    """The cost of a run; `at_most`: with the `maybe` assets.
 
-    `untimed` and `unsized` are the assets that are not in the seconds, or not in the bytes.
+    `untimed` and `unsized` are the assets that the seconds, or the bytes, do not include.
     """
 
     seconds: float
@@ -45,7 +45,7 @@ def costs(
     """Return the cost of every asset of a plan that is not fresh.
 
     Args:
-        also: assets that are to be made although they are fresh.
+        also: assets to materialise although they are fresh.
         ask_hub: ask the hub about a base model that was never made.
     """
     known = Known(recipe, project, plan, store, ask_hub=ask_hub)
@@ -53,7 +53,7 @@ def costs(
 
 
 def _cost(name: str, known: Known) -> Cost:
-    """Return the cost of an asset; unknown where the manifest of a past run lacks what this release records."""
+    """Return the cost of an asset; unknown if the manifest of a past run lacks what this release records."""
     try:
         node = NODES[name]
         return node.cost(node, known)
@@ -62,7 +62,7 @@ def _cost(name: str, known: Known) -> Cost:
 
 
 def total(plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> Total:
-    """Return the sum over the assets that will run, and the sum with those that may."""
+    """Add up the assets that will run, and, for `at_most`, those that may."""
     will = [cost for name, cost in costs.items() if plan[name].state != "maybe"]
     return Total(
         seconds=sum(cost.seconds or 0 for cost in will),

@@ -1,8 +1,8 @@
-"""The graph: which assets there are, and which of them read which.
+"""The graph: the assets, upstreams first, and which of them read which.
 
-An asset's fingerprint covers exactly what its node names. A new version of a step's code that changes what it makes
-gets a new `code_version`; a new version of a library counts where it decides what is made, and not where it merely
-rounds otherwise (docs/identity.md has the table; every manifest records the full versions).
+An asset's fingerprint covers exactly what its node names. A step whose code changes its result gets a new
+`code_version`. A new version of a library counts if it decides the result, not if it only rounds differently
+(docs/identity.md has the table; every manifest records the full versions).
 """
 
 from __future__ import annotations

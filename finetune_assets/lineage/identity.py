@@ -1,4 +1,4 @@
-"""The fingerprint of an asset: its code version, the recipe values it reads, its sources, its upstreams' content."""
+"""The fingerprint of an asset: its code version, recipe values, sources, tools, and its upstreams' content."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from finetune_assets.lineage.node import Node
 from finetune_assets.recipe import Recipe, Section
 from finetune_assets.store.artifact import Artifact, Fingerprint
 
-# What an ingredient is called that an earlier release did not look at, or that this one does not any more.
-NOT_ON_RECORD, OF_NO_ACCOUNT = "not on record", "of no account"
+# How a plan shows an ingredient that an earlier release did not read, or that this one no longer reads.
+NOT_RECORDED, NO_LONGER_READ = "not recorded", "no longer read"
 
 
 def fingerprint(
     node: Node, recipe: Recipe, upstreams: Mapping[str, Artifact], sources: Mapping[str, str]
 ) -> Fingerprint:
-    """What the asset's artifact is called if it is made of these inputs.
+    """Return the fingerprint of the artifact that is made from these inputs.
 
     Args:
         upstreams: the artifact of every upstream asset.
@@ -33,7 +33,7 @@ def fingerprint(
 
 
 def own_ingredients(node: Node, recipe: Recipe, sources: Mapping[str, str]) -> dict[str, Any]:
-    """What a fingerprint is made of beside the upstreams' content."""
+    """Return the ingredients of a fingerprint, except the upstreams' content."""
     return {
         "code_version": node.code_version,
         "recipe": recipe_values(node, recipe),
@@ -43,10 +43,10 @@ def own_ingredients(node: Node, recipe: Recipe, sources: Mapping[str, str]) -> d
 
 
 def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
-    """`section.key` -> value, for the keys that the node reads and whose value is not the default.
+    """Return `section.key` -> value, for the keys that the node reads and whose value is not the default.
 
-    Defaults are left out so that spelling one out, or a new key that a later release brings, changes nothing. A
-    release that changes a default gives the node a new code version.
+    Defaults are omitted, so that writing one into a recipe changes nothing, nor does a key that a later release adds.
+    A release that changes a default gives the node a new code version.
     """
     values: dict[str, Any] = {}
     for read in node.reads:
@@ -60,7 +60,7 @@ def recipe_values(node: Node, recipe: Recipe) -> dict[str, Any]:
 
 
 def default(section: Section, field: str) -> Any:
-    """The value of a section's key when the recipe does not give it; PydanticUndefined where it has to."""
+    """Return the default value of a section's key; PydanticUndefined if a recipe must give it."""
     return type(section).model_fields[field].get_default(call_default_factory=True)
 
 
@@ -76,15 +76,15 @@ def differences(
     recipe: Recipe,
     look: Callable[[str, str], str | None] = lambda kind, key: None,
 ) -> list[str]:
-    """In words, what distinguishes two fingerprints' ingredients: `train.learning_rate 5e-05 -> 0.0001`.
+    """Describe how the ingredients of two fingerprints differ: `train.learning_rate 5e-05 -> 0.0001`.
 
     Args:
-        look: ("sources" or "upstreams", key) -> what changed inside, in words, if that can be told.
+        look: ("sources" or "upstreams", key) -> description of what changed inside, or None if that is unknown.
     """
     reasons: list[str] = []
     for key, before, after in _changed(old, new, "recipe", lambda key: _default_of(key, recipe)):
-        was = NOT_ON_RECORD if before is PydanticUndefined else shown(before)
-        reasons.append(f"{key} {was} -> {OF_NO_ACCOUNT if after is PydanticUndefined else shown(after)}")
+        was = NOT_RECORDED if before is PydanticUndefined else shown(before)
+        reasons.append(f"{key} {was} -> {NO_LONGER_READ if after is PydanticUndefined else shown(after)}")
     for kind, name in (("sources", "source"), ("upstreams", "upstream")):
         for key, before, after in _changed(old, new, kind):
             if before is None or after is None:
@@ -93,14 +93,14 @@ def differences(
                 inside = look(kind, key)
                 reasons.append(f"{name} {key}: {inside}" if inside else f"{name} {key} changed")
     for key, before, after in _changed(old, new, "tools"):
-        reasons.append(f"{key} {before or NOT_ON_RECORD} -> {after or OF_NO_ACCOUNT}")
+        reasons.append(f"{key} {before or NOT_RECORDED} -> {after or NO_LONGER_READ}")
     if old.get("code_version") != new["code_version"]:
         reasons.append(f"code version {old.get('code_version')} -> {new['code_version']}")
     return reasons
 
 
 def shown(value: Any) -> str:
-    """A recipe value as one writes it in a recipe."""
+    """Return a recipe value as it is written in a recipe."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -120,10 +120,10 @@ def _versions(artifact: Artifact, parts: tuple[str, ...] | None) -> list[tuple[s
 def _changed(
     old: Mapping[str, Any], new: Mapping[str, Any], kind: str, absent: Callable[[str], Any] = lambda key: None
 ) -> list[tuple[str, Any, Any]]:
-    """Key, value before and value after, of the ingredients of one kind that differ."""
+    """Return key, value before and value after, of the ingredients of one kind that differ."""
     both = old.get(kind, {}), new[kind]
-    found = [(key, *(values.get(key, absent(key)) for values in both)) for key in sorted({*both[0], *both[1]})]
-    return [(key, before, after) for key, before, after in found if before != after]
+    triples = [(key, *(values.get(key, absent(key)) for values in both)) for key in sorted({*both[0], *both[1]})]
+    return [(key, before, after) for key, before, after in triples if before != after]
 
 
 def _default_of(key: str, recipe: Recipe) -> Any:

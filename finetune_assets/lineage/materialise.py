@@ -1,4 +1,4 @@
-"""Run one step of a lineage: find its inputs, build in a staging folder, publish; or find that it is all there."""
+"""Materialise one asset: find its inputs, build in a staging folder, publish; or reuse a published artifact."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Step:
-    """What the body of a step is given.
+    """The arguments of a step's body.
 
     Args:
         inputs: the artifact of every upstream asset.
-        staging: an empty folder; what the body leaves there becomes the artifact.
-        previous: the artifact this asset was last materialised to if it is whole, for parts that can be kept.
-        ingredients: those of the fingerprint of what is being made.
-        progress: tells whoever watches how it goes.
+        staging: an empty folder; the files that the body writes there become the artifact.
+        previous: the last artifact of this asset if it is whole, for parts that can be kept.
+        ingredients: those of the fingerprint of the artifact being built.
+        progress: reports events of the step.
         launch: does a job in a process of its own and returns its report; see `process.worker` for the jobs.
     """
 
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A published artifact, the upstream artifacts that it is made of, and whether it was there already."""
+    """A published artifact, the upstream artifacts that it is made from, and whether it existed before."""
 
     artifact: Artifact
     inputs: Mapping[str, Artifact]
@@ -70,13 +70,13 @@ def materialise(
     launch: Launch = process.run,
     force: bool = False,
 ) -> Outcome:
-    """Make the asset's artifact unless it is published and whole, and record it as the current one.
+    """Make the asset's artifact unless a valid one is published, and record it as the current one.
 
     Args:
         launch: does jobs of the body in a process of their own, and passes on their events.
 
     Raises:
-        StepFailed: an upstream was never made, or the body failed; nothing is published then.
+        StepFailed: an upstream was never made, or the body failed; nothing is published.
     """
     node, store = NODES[asset], open_store(project)
     plan = make_plan(recipe, project, store, upto=asset)
@@ -88,7 +88,7 @@ def materialise(
     wanted = fingerprint(node, recipe, inputs, sources)
     waiting = message(f"waits for another run that is making {recipe.name}/{asset}")
     with store.building(recipe.name, asset, wanted.hex, lambda: progress(waiting)) as staging:
-        # published by another run while this one waited for the lock, or from the same inputs, out of date as they are
+        # a different run may have published it while this one waited; stale inputs may have been used before, too
         artifact = store.get(recipe.name, asset, wanted.hex)
         if artifact is not None and not force and invalid_reason(artifact, project, store.digests) is None:
             return _done(store, artifact, inputs)
@@ -129,28 +129,28 @@ def _previous(recipe: Recipe, asset: str, store: ArtifactStore) -> Artifact | No
 
 
 def _still_there(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:
-    """Look for the inputs again: they were chosen before the lock was held, which keeps a collection from them.
+    """Check that the inputs still exist: they were chosen before the lock was held that protects them from gc.
 
     Raises:
         StepFailed: one was removed in the meantime.
     """
     for name, used in inputs.items():
         if not used.path.is_dir():
-            raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed meanwhile", "run again")
+            raise StepFailed(f"{recipe.name}/{name} {used.fingerprint} was removed in the meantime", "run again")
 
 
 def _input(asset: str, plan: Mapping[str, Planned], recipe: Recipe, store: ArtifactStore) -> Artifact:
-    """The upstream's artifact for today's recipe; when it is out of date and was left out of the run, its last one."""
-    found = plan[asset].artifact or store.current(recipe.name, asset)
-    if found is None:
+    """Return the upstream's artifact for today's recipe, or its last one if it is stale and not part of the run."""
+    artifact = plan[asset].artifact or store.current(recipe.name, asset)
+    if artifact is None:
         raise StepFailed(f"{recipe.name}/{asset} has not been made yet", f"materialise {recipe.name}/{asset} first")
-    if (damage := found.damage(store.digests)) is not None:
+    if (damage := artifact.damage(store.digests)) is not None:
         raise StepFailed(f"{recipe.name}/{asset} is damaged: {damage}", f"materialise {recipe.name}/{asset} again")
-    return found
+    return artifact
 
 
 def _still_whole(recipe: Recipe, inputs: Mapping[str, Artifact], store: ArtifactStore) -> None:
-    """Look at the inputs again. Files that the step linked to are read once more here, so that no plan has to.
+    """Check the inputs again. Files that the step linked are read once more here, so that no plan has to.
 
     Raises:
         StepFailed: one was changed while the step read it.
@@ -165,18 +165,18 @@ def _still_whole(recipe: Recipe, inputs: Mapping[str, Artifact], store: Artifact
 
 
 def _agree(recipe: Recipe, inputs: Mapping[str, Artifact]) -> None:
-    """Refuse inputs of different ages: an adapter must not be scored on rows that were held out only after it was made.
+    """Refuse inputs that do not belong together: an adapter must not be scored on rows that it was trained on.
 
     Raises:
-        StepFailed: one input was made of another version of a second one.
+        StepFailed: one input was made from a different version of a second input.
     """
     for name, used in inputs.items():
         for key, version in used.manifest["ingredients"]["upstreams"].items():
             other, _, part = key.partition("/")
-            if (now := inputs.get(other)) is None:
+            if (current := inputs.get(other)) is None:
                 continue
-            if version != (now.manifest["parts"].get(part) if part else now.data_version):
+            if version != (current.manifest["parts"].get(part) if part else current.data_version):
                 raise StepFailed(
-                    f"{recipe.name}/{name} was made of another {key} than there is now",
+                    f"{recipe.name}/{name} was made from a different {key} than the current one",
                     f"materialise {recipe.name}/{name} as well",
                 )

@@ -1,4 +1,4 @@
-"""What the lineage has to know of one asset."""
+"""The description of one asset: all that the lineage knows about it."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ def _never_in_use(project: Project) -> Callable[[Artifact], str | None]:
 
 @dataclass(frozen=True)
 class Node:
-    """One asset of a lineage: what its fingerprint is made of, and what else depends on which asset it is.
+    """One asset of a lineage: the ingredients of its fingerprint, and all else that differs between assets.
 
     Args:
         reads: recipe keys (`section` or `section.key`) whose values belong to the fingerprint.
-        tools: versions of what decides the bytes that the step writes, by name.
+        tools: versions of the tools that decide the bytes that the step writes, by name.
         sources: digests of what the step reads from outside the lineage, by name.
-        source_change: what changed in a source since an artifact was made, as text; None: unknown.
-        part_change: what changed in a part between two artifacts, as text; None: unknown.
-        problem: why an artifact whose files are intact is no longer valid, or None.
-        headline: the metrics that are worth reading first.
-        cost: what making the artifact takes.
-        check_ready: raises StepFailed before a run when the step could not do its work.
-        in_use: for a project, the reason why an artifact must stay although no recipe wants it, or None.
+        source_change: describes what changed in a source since an artifact was made; None: unknown.
+        part_change: describes what changed in a part between two artifacts; None: unknown.
+        problem: says why an artifact whose files are intact is no longer valid, or None.
+        headline: selects the metrics to show first.
+        cost: estimates the cost of making the artifact.
+        check_ready: raises StepFailed before a run if the step could not succeed.
+        in_use: given a project, returns a function: why gc must keep an artifact, or None.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Node:
 
 
 def metrics_named(*names: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Return a headline of these metrics, as far as they are on record; a dot leads into a mapping."""
+    """Return a headline of these metrics, as far as they are recorded; a dot selects a key of a mapping."""
 
     def headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         values = {name: _value(metrics, name) for name in names}

@@ -1,4 +1,4 @@
-"""What a run would do, and why: fingerprints compared with what is published. The only notion of staleness there is."""
+"""The plan: what a run would do, and why. Compares fingerprints with manifests; nothing else decides staleness."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from finetune_assets.store.digests import DigestCache
 
 
 def open_store(project: Project) -> ArtifactStore:
-    """The project's artifacts."""
+    """Open the project's artifact store."""
     return ArtifactStore(project.store, DigestCache(project.cache / "digests.sqlite"))
 
 
 def make_plan(recipe: Recipe, project: Project, store: ArtifactStore, *, upto: str | None = None) -> dict[str, Planned]:
-    """The state of every asset of a recipe, upstreams first. Changes nothing.
+    """Judge every asset of a recipe, upstreams first. Changes nothing.
 
     Args:
-        upto: judge this asset and what it is made of, and no others.
+        upto: judge only this asset and its ancestors.
 
     Raises:
-        BadInput: a source (registry, data file, base model folder) is not there or cannot be understood.
+        BadInput: a source (registry, data file, base model folder) is missing or invalid.
     """
     planner = _Planner(recipe, project, store)
     needed = NODES if upto is None else upstream_of({upto})
@@ -40,27 +40,27 @@ def make_plan(recipe: Recipe, project: Project, store: ArtifactStore, *, upto: s
 
 
 def sources_of(node: Node, recipe: Recipe, project: Project, digests: DigestCache) -> dict[str, str]:
-    """Digests of what a node reads from outside the lineage.
+    """Return digests of what a node reads from outside the lineage.
 
     Raises:
-        BadInput: a source is not there, cannot be understood, or has a file that cannot be read.
+        BadInput: a source is missing, invalid, or has a file that cannot be read.
     """
     try:
         return dict(node.sources(recipe, project, digests))
     except OSError as error:
         why = f"{error.filename} cannot be read: {error.strerror or error}"
-        raise BadInput(f"{recipe.name}/{node.name}: {why}", "see to its permissions, and to the disk") from error
+        raise BadInput(f"{recipe.name}/{node.name}: {why}", "check its permissions, and the disk") from error
 
 
 def invalid_reason(artifact: Artifact, project: Project, digests: DigestCache) -> str | None:
-    """Why a published artifact has to be made again although nothing it reads has changed, or None if it is good."""
+    """Return why a published artifact is no longer valid although its inputs are the same, or None if it is valid."""
     if (damage := artifact.damage(digests)) is not None:
         return damage
     return NODES[artifact.manifest["asset"]].problem(artifact, project)
 
 
 class _Planner:
-    """Judges one asset after the other, upstreams first."""
+    """The states judged so far; assets are judged one after the other, upstreams first."""
 
     def __init__(self, recipe: Recipe, project: Project, store: ArtifactStore):
         self.plan: dict[str, Planned] = {}
@@ -81,14 +81,14 @@ class _Planner:
                 return Planned(node.name, "fresh", (), artifact, wanted.hex)
             return Planned(node.name, "stale", (why,), wanted=wanted.hex)
         foreign = self._store.foreign_entry(self._recipe.name, node.name, wanted.hex)
-        there = (f"{wanted.hex} is there, but {foreign.why}: it will be set aside",) if foreign else ()
+        notes = (f"{wanted.hex} exists, but {foreign.why}: it will be set aside",) if foreign else ()
         if last is None:
-            return Planned(node.name, "missing", there or (self._why_missing(node),), wanted=wanted.hex)
+            return Planned(node.name, "missing", notes or (self._why_missing(node),), wanted=wanted.hex)
         reasons = self._differences(last, wanted.ingredients)
-        return Planned(node.name, "stale", (*reasons, *there), wanted=wanted.hex)
+        return Planned(node.name, "stale", (*reasons, *notes), wanted=wanted.hex)
 
     def _waiting(self, node: Node, last: Artifact | None, sources: Mapping[str, str], waits: str) -> Planned:
-        """Judge an asset whose upstreams will run by what holds whatever they turn out to be."""
+        """Judge an asset whose upstreams will run: only by the reasons that hold whatever they produce."""
         if last is None:
             return Planned(node.name, "missing", (self._why_missing(node), waits))
         ingredients = {**last.manifest["ingredients"], **own_ingredients(node, self._recipe, sources)}
@@ -102,10 +102,10 @@ class _Planner:
 
     def _why_missing(self, node: Node) -> str:
         lost = self._store.lost_current(self._recipe.name, node.name)
-        return f"what was made last is of no use ({lost})" if lost else "never made"
+        return f"the last artifact is unusable ({lost})" if lost else "never made"
 
     def _differences(self, last: Artifact, ingredients: Mapping[str, Any]) -> list[str]:
-        """What has changed since the artifact made last; of data sets and their splits, which rows."""
+        """Describe what changed since the last artifact; for data sets and splits, which rows."""
 
         def inside(kind: str, key: str) -> str | None:
             if kind == "sources":

@@ -12,10 +12,11 @@ State = Literal["fresh", "stale", "missing", "maybe"]
 
 @dataclass(frozen=True)
 class Planned:
-    """One asset's state: `maybe` means that an upstream will run and may come out as it was.
+    """The state of one asset: `maybe` means that an upstream will run, and may come out unchanged.
 
-    `artifact` is what is published for the wanted fingerprint, whole and in place: set exactly when fresh. `wanted` is
-    that fingerprint, known as soon as every upstream is fresh.
+    Args:
+        artifact: the valid artifact with the wanted fingerprint; set exactly when fresh.
+        wanted: the fingerprint that the recipe asks for; known if every upstream is fresh.
     """
 
     asset: str

@@ -1,4 +1,4 @@
-"""What is asked before the first step of a run: what cannot be finished is not begun."""
+"""Checks before the first step of a run: a run that cannot finish does not start."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ WEIGHTS = ("base_model", "lora_adapter", "merged_model", "gguf_file")
 def check_prerequisites(
     recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], *, forced: Collection[str] = ()
 ) -> None:
-    """Refuse a run that cannot be finished, as far as that can be known.
+    """Refuse a run that cannot finish, as far as that can be known.
 
     Args:
-        assets: those that are to be made if they are not up to date.
-        forced: those that are to be made in any case.
+        assets: the assets to materialise unless they are fresh.
+        forced: the assets to materialise in any case.
 
     Raises:
-        StepFailed: the disk is too small for them, or OLLAMA_HOST names something that is no Ollama server.
+        StepFailed: the disk is too small for them, or OLLAMA_HOST names something that is not an Ollama server.
     """
     for name in assets:
         NODES[name].check_ready()
@@ -39,17 +39,18 @@ def check_prerequisites(
 def _check_disk(
     recipe: Recipe, project: Project, store: ArtifactStore, assets: Collection[str], forced: Collection[str]
 ) -> None:
-    """An asset that may come out as it was counts if weights that it is made of are made anew: it will not.
+    """Compare the free space with what the run writes.
 
-    ollama_model does not count: our own store links the weights, and a server's lies on the server's disk.
+    A `maybe` asset counts if weights that it is made from are made again: it will run then. ollama_model does not
+    count: the project's own Ollama store links the weights, and a server writes to its own disk.
     """
     plan = make_plan(recipe, project, store, upto="gguf_file")
-    wanted = {*assets, *forced}
-    fetches = "base_model" in wanted and (plan["base_model"].artifact is None or "base_model" in forced)
+    selected = {*assets, *forced}
+    fetches = "base_model" in selected and (plan["base_model"].artifact is None or "base_model" in forced)
     needed: dict[str, Cost] = {}
     for name, cost in costs(recipe, project, plan, store, also=forced, ask_hub=fetches).items():
         anew = any(up.asset in needed and up.asset in WEIGHTS for up in NODES[name].upstreams)
-        if name in wanted and (anew or plan[name].state != "maybe"):
+        if name in selected and (anew or plan[name].state != "maybe"):
             needed[name] = cost
     parts = {name: cost.bytes for name, cost in needed.items() if cost.bytes}
     scratch = max((cost.scratch for cost in needed.values()), default=0)
@@ -59,17 +60,17 @@ def _check_disk(
             if same_disk(download.cache, project.store):
                 parts |= fetched
             else:
-                _check_room(recipe, fetched, 0, download.cache, "HF_HOME")
-    _check_room(recipe, parts, scratch, project.store, "finetune gc frees what nothing needs; DAGSTER_HOME")
+                _check_room(recipe, fetched, 0, download.cache, "set HF_HOME")
+    _check_room(recipe, parts, scratch, project.store, "run finetune gc, or set DAGSTER_HOME")
 
 
-def _check_room(recipe: Recipe, parts: Mapping[str, int], scratch: int, folder: Path, setting: str) -> None:
+def _check_room(recipe: Recipe, parts: Mapping[str, int], scratch: int, folder: Path, advice: str) -> None:
     size = sum(parts.values()) + scratch
     if size > (free := free_bytes(folder)):
-        meanwhile = {"files in the making": scratch} if scratch else {}
-        listed = ", ".join(f"{name} {human_size(part)}" for name, part in {**parts, **meanwhile}.items())
+        temporary = {"temporary files": scratch} if scratch else {}
+        listed = ", ".join(f"{name} {human_size(part)}" for name, part in {**parts, **temporary}.items())
         raise StepFailed(
             f"not enough disk space for {recipe.name}: about {human_size(size)} are needed ({listed}), and "
             f"{human_size(free)} are free on the disk of {folder}",
-            f"{setting} can be a folder on a larger disk",
+            f"{advice} to a folder on a larger disk",
         )

@@ -1,4 +1,4 @@
-"""What a lineage reads, as versions to compare: of the recipe values of each asset, of its data files, of all of it."""
+"""Versions of all that a lineage reads: of the recipe values of each asset, of its data files, of everything."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
 from finetune_assets.store.digests import digest_of
 
-LENGTH = 20  # hex digits, as of a data version
+LENGTH = 20  # hex digits, as in a data version
 FILES = "raw_dataset"  # the asset whose sources are data files
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What an asset reads from outside of the lineage, now or when its artifact was made.
+    """The values that an asset reads from outside the lineage, now or when its artifact was made.
 
     Args:
         values: recipe values, tool versions and sources other than data files.
@@ -34,14 +34,14 @@ class Reading:
 
     @property
     def version(self) -> str:
-        """Equal versions, equal values; a version of its own while the artifact is invalid."""
+        """Equal for equal values; different while the artifact is invalid."""
         return digest_of([dict(self.values), self.invalid_reason] if self.invalid_reason else dict(self.values))[
             :LENGTH
         ]
 
 
 def reading_of(asset: str, ingredients: Mapping[str, Any], invalid_reason: str | None = None) -> Reading:
-    """What the ingredients of a fingerprint say."""
+    """Return the reading that the ingredients of a fingerprint record."""
     files = dict(ingredients["sources"]) if asset == FILES else {}
     values = {key: ingredients[key] for key in ("recipe", "tools")}
     return Reading(
@@ -53,7 +53,7 @@ def reading_of(asset: str, ingredients: Mapping[str, Any], invalid_reason: str |
 
 @dataclass(frozen=True)
 class Observed:
-    """A recipe, what a run of it would do, and what it reads, all of one moment."""
+    """A recipe, its plan and its readings, all of the same moment."""
 
     recipe: Recipe
     project: Project
@@ -62,12 +62,12 @@ class Observed:
 
     @property
     def stale(self) -> list[str]:
-        """The assets that a run has to look at, upstreams first."""
+        """The assets that a run has to visit, upstreams first."""
         return [name for name, item in self.plan.items() if item.state != "fresh"]
 
     @property
     def target(self) -> str:
-        """One version of all that decides what a run of the whole lineage would make, code included."""
+        """One version of all that decides the result of a full run, code included."""
         parts = {
             name: [NODES[name].code_version, item.version, dict(item.files)] for name, item in self.readings.items()
         }
@@ -75,10 +75,10 @@ class Observed:
 
 
 def observe(recipe: Recipe, project: Project) -> Observed:
-    """Look at everything that a recipe's assets read.
+    """Read the versions of everything that a recipe's assets read.
 
     Raises:
-        BadInput: a source is not there or cannot be understood.
+        BadInput: a source is missing or invalid.
     """
     store = open_store(project)
     plan = make_plan(recipe, project, store)

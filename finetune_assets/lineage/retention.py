@@ -1,8 +1,8 @@
-"""What may go: artifacts that nothing needs any more and that a run can make again, and what killed builders left.
+"""Garbage collection: remove artifacts that nothing needs and that a run can make again, and leftovers of kills.
 
-An artifact stays that is current, wanted by today's recipe, among the newest of its asset, or served; that a build in
-progress may be reading; or that is an input of one that stays. The locks of a recipe's assets are held while it is
-judged and cleared, so that nothing is built from what is going.
+An artifact stays if it is current, wanted by today's recipe, among the newest of its asset, or served; if a build in
+progress may be reading it; or if it is an input of one that stays. The locks of a recipe's assets are held from the
+decision to the removal, so that no build uses what is being removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ORPHAN_AGE = 3600.0  # seconds: a pointer is written in milliseconds, and not al
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe whose artifacts are looked at. `file`: None where there is no such recipe any more."""
+    """A recipe whose artifacts are judged. `file`: None if the recipe no longer exists."""
 
     name: str
     file: Path | None
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Removed:
-    """Something that went, or would go."""
+    """A file or folder that was removed, or would be."""
 
     kind: Kind
     path: Path
@@ -54,13 +54,15 @@ class Removed:
 
 @dataclass(frozen=True)
 class Kept:
+    """An artifact that stays, and why."""
+
     artifact: Artifact
     reasons: tuple[str, ...]
 
 
 @dataclass
 class Collection:
-    """What a collection did, or would do. `left_alone`: what it did not touch, and why."""
+    """The result of a collection, or of a dry run. `left_alone`: what it did not touch, and why."""
 
     removed: list[Removed] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
@@ -68,13 +70,13 @@ class Collection:
     links: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def remove(self, kind: Kind, path: Path, recipe: str | None = None, artifact: Artifact | None = None) -> Removed:
-        """Note that a file or folder is about to go."""
+        """Add a file or folder to what is removed."""
         item = Removed(kind, path, self._weigh(path), recipe, artifact)
         self.removed.append(item)
         return item
 
     def _weigh(self, path: Path) -> int:
-        """The bytes of a file or folder that is about to go."""
+        """Return the bytes of a file or folder, and count its names for `freed`."""
         total = 0
         for file in [path, *path.rglob("*")] if path.is_dir() and not path.is_symlink() else [path]:
             stat = file.lstat()
@@ -86,12 +88,12 @@ class Collection:
 
     @property
     def freed(self) -> int:
-        """Bytes that the disk gets back: a file with several names counts once, when the last of them has gone."""
+        """Bytes that the disk gets back: a file with several names counts once, if all of them are removed."""
         return sum(size for left, size in self.links.values() if left <= 0)
 
 
 def subjects(specs: Sequence[str], project: Project, store: ArtifactStore) -> list[Subject]:
-    """The recipes named, or every recipe that has a folder in the store.
+    """Return the recipes named, or every recipe that has a folder in the store.
 
     Raises:
         BadInput: a name is neither that of a recipe nor that of a folder in the store.
@@ -100,22 +102,22 @@ def subjects(specs: Sequence[str], project: Project, store: ArtifactStore) -> li
         folders = sorted(path.name for path in store.root.iterdir() if path.is_dir()) if store.root.is_dir() else []
         files = {name: recipe_path(name, project.configs) for name in folders}
         return [Subject(name, file if file.is_file() else None, named=False) for name, file in files.items()]
-    found = []
+    named = []
     for spec in specs:
         try:
             file = find_recipe(spec, project.configs)
-            found.append(Subject(recipe_name(file), file, named=True))
+            named.append(Subject(recipe_name(file), file, named=True))
         except BadInput:
             if not (name_problem(spec) is None and (store.root / spec).is_dir()):
                 raise
-            found.append(Subject(spec, None, named=True))
-    return found
+            named.append(Subject(spec, None, named=True))
+    return named
 
 
 def collect(
     recipes: Sequence[Subject], project: Project, store: ArtifactStore, *, keep: int, dry_run: bool
 ) -> Collection:
-    """Remove what may go: decide for one recipe after the other, and carry out each decision under its locks.
+    """Remove what nothing needs: decide for each recipe, then carry out the decision under the same locks.
 
     Args:
         keep: how many of the newest artifacts of each asset stay in any case.
@@ -135,7 +137,7 @@ def collect(
         except FinetuneError as error:
             done.left_alone.append((project.ollama_models, error.message))
     except OSError as error:
-        if (failure := disk_trouble(error, store.root, outcome="what is left is whole")) is None:
+        if (failure := disk_trouble(error, store.root, outcome="what is left is intact")) is None:
             raise
         raise failure from error
     return done
@@ -154,13 +156,13 @@ def _carry_out(removed: Sequence[Removed], store: ArtifactStore, dry_run: bool) 
 def reasons_to_stay(
     artifacts: Sequence[Artifact], roots: Mapping[Key, Sequence[str]], keep: int
 ) -> dict[Key, list[str]]:
-    """Which artifacts of one recipe stay, and why; the others may go.
+    """Return which artifacts of one recipe stay, and why; the others may be removed.
 
     Args:
-        roots: what stays whatever else there is, with the reasons.
+        roots: artifacts that stay in any case, with the reasons.
         keep: how many of the newest of each asset stay.
     """
-    known = {_key(artifact): artifact for artifact in artifacts}
+    artifact_of = {_key(artifact): artifact for artifact in artifacts}
     reasons = {key: list(words) for key, words in roots.items()}
     for asset in {artifact.manifest["asset"] for artifact in artifacts}:
         own = sorted((item for item in artifacts if item.manifest["asset"] == asset), key=lambda item: item.created)
@@ -169,7 +171,7 @@ def reasons_to_stay(
     waiting = list(reasons)
     while waiting:
         asset, fingerprint = waiting.pop()
-        if (artifact := known.get((asset, fingerprint))) is None:
+        if (artifact := artifact_of.get((asset, fingerprint))) is None:
             continue
         for key in artifact.inputs.items():
             if key not in reasons:
@@ -179,7 +181,7 @@ def reasons_to_stay(
 
 
 class _Judge:
-    """Decides what of one recipe goes, and notes in `done` what goes, what stays and what is left alone."""
+    """The decision for one recipe: adds to `done` what is removed, what stays and what is left alone."""
 
     def __init__(self, subject: Subject, project: Project, store: ArtifactStore, done: Collection):
         self._subject, self._project, self._store, self._done = subject, project, store, done
@@ -189,7 +191,7 @@ class _Judge:
         self._roots: dict[Key, list[str]] = {}
 
     def decide(self, locks: ExitStack, keep: int) -> list[Removed]:
-        """Take the locks of the recipe's assets, and return what goes, in the order in which it has to go."""
+        """Take the locks of the recipe's assets, and return what to remove, in this order."""
         self._busy = {name for name in self._assets if not _take(locks, self._store, self._subject.name, name)}
         self._leave_foreign_entries()
         removed = [item for name in self._assets if name not in self._busy for item in self._leftovers(name)]
@@ -198,7 +200,7 @@ class _Judge:
             wanted = _wanted(self._subject, self._project, self._store)
         except FinetuneError as error:
             if not self._subject.named:
-                why = f"{error.message.splitlines()[0]}: kept, unless named: finetune gc {self._subject.name}"
+                why = f"{error.message.splitlines()[0]}; to collect it, name it: finetune gc {self._subject.name}"
                 self._done.left_alone += [(self._folder, why)] if artifacts else []
                 return removed
             wanted = set()
@@ -214,12 +216,12 @@ class _Judge:
                 self._done.kept.append(Kept(artifact, tuple(dict.fromkeys(stays))))
         return [
             self._done.remove("artifact", artifact.path, self._subject.name, artifact)
-            for artifact in reversed(artifacts)  # downstream first: whatever is left at any moment has its inputs
+            for artifact in reversed(artifacts)  # downstream first: a kill leaves every artifact with its inputs
             if _key(artifact) not in reasons
         ]
 
     def _leftovers(self, asset: str) -> Iterator[Removed]:
-        """What killed builders left. The lock, held, proves that nobody is at work in staging folders."""
+        """Find what killed builders left. The held lock proves that no builder uses the staging folders."""
         for path in sorted((self._folder / asset).glob(f"{STAGING}*")):
             yield self._done.remove("staging", path, self._subject.name)
         for path in sorted((self._folder / asset).glob(f".{CURRENT}-*")):
@@ -227,11 +229,11 @@ class _Judge:
                 yield self._done.remove("temporary", path, self._subject.name)
 
     def _leave_foreign_entries(self) -> None:
-        """Foreign entries stay, and so do the inputs that they name."""
+        """Keep foreign entries, and the inputs that they name."""
         left_alone, recipe = self._done.left_alone, self._subject.name
         if self._folder.is_dir():
             paths = sorted(self._folder.iterdir())
-            left_alone += [(path, "no asset's folder") for path in paths if path.name not in self._assets]
+            left_alone += [(path, "not an asset's folder") for path in paths if path.name not in self._assets]
         for asset in self._assets:
             folder = self._folder / asset
             for path in sorted(folder.iterdir()):
@@ -255,11 +257,11 @@ class _Judge:
 
     @cached_property
     def _read(self) -> dict[str, str]:
-        """An asset that a build in progress may be reading -> the asset being built."""
+        """Assets that a build in progress may be reading -> the asset being built."""
         return {up.asset: name for name in self._assets if name in self._busy for up in NODES[name].upstreams}
 
     def _reasons(self, artifact: Artifact, wanted: set[Key]) -> Iterator[str]:
-        """Why an artifact stays, whatever other artifacts there are."""
+        """Give the reasons why an artifact stays, regardless of other artifacts."""
         asset, fingerprint = _key(artifact)
         last = self._current.get(asset)
         if last is not None and last.fingerprint == fingerprint:
@@ -287,13 +289,13 @@ def _take(held: ExitStack, store: ArtifactStore, recipe: str, asset: str) -> boo
 
 
 def _wanted(subject: Subject, project: Project, store: ArtifactStore) -> set[Key]:
-    """What today's recipe asks for, whole or not, as far as that can be known.
+    """Return what today's recipe asks for, as far as that can be known.
 
     Raises:
-        FinetuneError: the recipe is gone, or it or its sources cannot be read.
+        FinetuneError: the recipe no longer exists, or it or its sources cannot be read.
     """
     if subject.file is None:
-        raise BadInput(f"there is no recipe {subject.name} any more")
+        raise BadInput(f"the recipe {subject.name} no longer exists")
     plan = make_plan(load_recipe(subject.file), project, store)
     return {(name, item.wanted) for name, item in plan.items() if item.wanted is not None}
 

@@ -1,4 +1,4 @@
-"""What a run would take: by past runs where there are any, by what is on disk, and never by a guess."""
+"""Estimates: from past runs if there are any, from what is on disk, and never guessed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def base_model(step: Step) -> Made:
 
 @pytest.fixture
 def made(mini: MiniProject, monkeypatch: pytest.MonkeyPatch) -> dict[str, Artifact]:
-    """A chain, with what real steps would have put on record."""
+    """A chain, with the metrics that real steps would have recorded."""
     monkeypatch.setitem(BODIES, "base_model", base_model)
     chain = make_chain(mini)
     note(chain["lora_adapter"], 100.0, rows=10, epochs=2.0, seconds=90.0)
@@ -158,7 +158,7 @@ def test_a_type_that_is_wanted_no_longer_takes_nothing(mini: MiniProject, made: 
 
 
 def test_another_recipe_goes_by_the_size_of_its_base(mini: MiniProject, made: dict[str, Artifact]):
-    """It has never run: half of what there is to know is in the store, the other half in the folder of its model."""
+    """It has never run: half of the facts are in the store, the other half in the folder of its model."""
     mini.recipe_path("large").write_text(mini.recipe_path().read_text())
     mini.edit("large", model={"model_name_or_path": "./large"})
     (mini.root / "large").mkdir()

@@ -1,4 +1,4 @@
-"""A project that was moved or copied: nothing in it knows the old place, and all that is printed is the new one."""
+"""A project that was moved or copied: no file names the old folder, and all output names the new one."""
 
 from __future__ import annotations
 

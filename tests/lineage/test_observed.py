@@ -1,4 +1,4 @@
-"""Dagster's pages say what the plan says: its own judgement of what is stale, after what it was told, is the plan's."""
+"""Dagster's pages agree with the plan: after its observations, Dagster calls stale what the plan calls stale."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What re-ran is what had to: random lineages and edits, judged by a brute-force model that knows no fingerprints.
+"""Exactly what must run again does: random lineages and edits, judged by a brute-force model without fingerprints.
 
 What plan, store and materialise answer must equal what the model (oracle_world.py) finds.
-`ORACLE_EXAMPLES=5000 pytest tests/lineage/test_oracle.py` looks longer, each time elsewhere.
+`ORACLE_EXAMPLES=5000 pytest tests/lineage/test_oracle.py` runs longer, with different examples each time.
 """
 
 from __future__ import annotations

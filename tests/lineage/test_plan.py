@@ -1,4 +1,4 @@
-"""What is stale and why, on real steps of the data room: no model is needed to find out."""
+"""Plans: what is stale and why, on real steps of the data room, without a model."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_required_key_that_a_release_begins_to_read(mini: MiniProject):
     with_key = {**own_ingredients(NODES["raw_dataset"], recipe, {}), "upstreams": {}}
     without = {**with_key, "recipe": {}}
     name = ", ".join(recipe.dataset.dataset)
-    assert differences(without, with_key, recipe) == [f"dataset.dataset not on record -> [{name}]"]
-    assert differences(with_key, without, recipe) == [f"dataset.dataset [{name}] -> of no account"]
+    assert differences(without, with_key, recipe) == [f"dataset.dataset not recorded -> [{name}]"]
+    assert differences(with_key, without, recipe) == [f"dataset.dataset [{name}] -> no longer read"]
 
 
 def test_nothing_is_there_at_first(mini: MiniProject):
@@ -267,7 +267,7 @@ def test_an_adapter_is_not_scored_on_rows_that_were_held_out_after_it_was_traine
     mini.edit(dataset={"seed": 43})
     make_data(mini)
     recipe = load_recipe(mini.recipe_path())
-    with pytest.raises(StepFailed, match="mini/lora_adapter was made of another dataset_info/train") as caught:
+    with pytest.raises(StepFailed, match="mini/lora_adapter was made from a different dataset_info/train") as caught:
         materialise("eval_metrics", recipe, mini, stand_in, lambda event: None)
     assert caught.value.hint == "materialise mini/lora_adapter as well"
     materialise("lora_adapter", recipe, mini, stand_in, lambda event: None)
@@ -284,5 +284,5 @@ def test_an_adapter_is_not_merged_into_another_base(mini: MiniProject):
         return Made({})
 
     materialise("base_model", recipe, mini, other_weights, lambda event: None)
-    with pytest.raises(StepFailed, match="mini/lora_adapter was made of another base_model than there is now"):
+    with pytest.raises(StepFailed, match="mini/lora_adapter was made from a different base_model than the current one"):
         materialise("merged_model", recipe, mini, stand_in, lambda event: None)

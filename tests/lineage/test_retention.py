@@ -1,4 +1,4 @@
-"""What `finetune gc` keeps, what it removes, and what it says of it."""
+"""`finetune gc`: what it keeps, what it removes, and what it prints."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_a_server_serves(mini: MiniProject, three: list[dict[str, Artifact]
     with stand_in({}) as host:  # nobody knows what it serves
         monkeypatch.setenv("OLLAMA_HOST", host)
         done = gc(mini)
-    assert reasons(done)[three[0]["ollama_model"].fingerprint] == ("the Ollama server cannot be asked",)
+    assert reasons(done)[three[0]["ollama_model"].fingerprint] == ("the Ollama server cannot be queried",)
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     gc(mini)
     assert there(mini) == keys(three[2])
@@ -126,7 +126,7 @@ def test_what_is_not_ours_is_reported_and_kept(mini: MiniProject, three: list[di
     (mini.store / "mini" / "own_asset").mkdir()
     (mini.store / "lost+found").mkdir()
     done = gc(mini)
-    assert {path.name: why for path, why in done.left_alone} == {**strange, "own_asset": "no asset's folder"}
+    assert {path.name: why for path, why in done.left_alone} == {**strange, "own_asset": "not an asset's folder"}
     assert all((folder / name).exists() for name in strange)
     assert ("lora_adapter", adapter) in there(mini), "a later release made something of it"
     assert reasons(done)[adapter] == ("input of merged_model newer",)
@@ -146,7 +146,7 @@ def test_a_recipe_that_is_gone(mini: MiniProject, three: list[dict[str, Artifact
     dead.mkdir()
     before = there(mini)
     done = gc(mini)
-    why = "there is no recipe mini any more: kept, unless named: finetune gc mini"
+    why = "the recipe mini no longer exists; to collect it, name it: finetune gc mini"
     assert done.left_alone == [(mini.store / "mini", why)]
     assert there(mini) == before
     assert not dead.exists(), "nobody builds there"

@@ -1,4 +1,4 @@
-"""`finetune gc` beside builds and servers, killed at any moment, and over any history."""
+"""`finetune gc` during builds and with running servers, killed at any moment, and on random histories."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_is_being_built_now(mini: MiniProject, three: list[dict[str, Artifa
 
 
 def test_what_a_build_may_be_reading(mini: MiniProject):
-    """No manifest says yet what the build that is under way was given."""
+    """No manifest names the inputs of a build in progress yet."""
     made = []
     for size in (2, 3, 4):
         mini.edit(dataset={"test_size": size})
@@ -75,7 +75,7 @@ def test_an_input_that_went_while_the_build_waited(mini: MiniProject, monkeypatc
     mini.edit(dataset={"test_size": 3})
     monkeypatch.setattr(ArtifactStore, "building", waited)
     with pytest.raises(
-        StepFailed, match=f"raw_dataset {made['raw_dataset'].fingerprint} was removed meanwhile\nrun ag"
+        StepFailed, match=f"raw_dataset {made['raw_dataset'].fingerprint} was removed in the meantime\nrun ag"
     ):
         make_chain(mini, upto="dataset_info")
     assert not list(mini.store.rglob(".staging-*"))
@@ -97,7 +97,7 @@ def test_a_held_lock_protects_a_staging_folder(mini: MiniProject, three: list[di
 
 
 def kill(monkeypatch: pytest.MonkeyPatch, at: int) -> Iterator[None]:
-    """Die at the n-th folder, with half its files deleted."""
+    """Interrupt the deletion of the n-th folder, after one of its files."""
     calls = 0
     real = shutil.rmtree
 
@@ -199,14 +199,14 @@ def test_a_store_that_cannot_be_written(mini: MiniProject, three, monkeypatch: p
 
     before = there(mini)
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(StepFailed, match="Permission denied; what is left is whole"):
+    with pytest.raises(StepFailed, match="Permission denied; what is left is intact"):
         gc(mini)
     assert there(mini) == before
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[list[Artifact], dict[tuple[str, str], list[str]], int]:
-    """Any artifacts made of any earlier ones, any of them needed by someone."""
+    """Random artifacts made from random earlier ones, some of them needed."""
     found: dict[str, list[Artifact]] = {}
     for name, node in NODES.items():
         found[name] = []
@@ -250,7 +250,7 @@ def test_an_input_of_what_stays_always_stays(history: tuple[list[Artifact], dict
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_history_on_disk(tmp_path: Path, data: st.DataObject):
-    """Edits, runs, collections of any order: what is on disk always has its inputs, and the plan can go on from it."""
+    """Edits, runs and collections in any order: every artifact on disk has its inputs, and the plan still works."""
     mini = make_mini(Path(str(tmp_path), str(time.monotonic_ns())))
     make_chain(mini)
     for _ in range(data.draw(st.integers(1, 4))):

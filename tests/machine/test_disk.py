@@ -262,11 +262,11 @@ def test_a_hub_s_model_that_does_not_fit_is_not_fetched(small: MiniProject, tmp_
     if cache == "small":
         assert "about 2.0 MB are needed (the download of base_model 2.0 MB), and " in said
         assert said.endswith(f" are free on the disk of {home / 'hub'}")
-        assert hint.startswith("HF_HOME")
+        assert hint.startswith("set HF_HOME")
         return
     # kept: base, merged, q8_0; the download where it lies on the same disk; bf16 to quantise from meanwhile
     assert f"about {'9.1' if cache == 'shared' else '7.1'} MB are needed (raw_dataset " in said
     assert "base_model 2.0 MB, merged_model 2.0 MB, gguf_file 1.1 MB, " in said
-    assert "files in the making 2.0 MB), and " in said
+    assert "temporary files 2.0 MB), and " in said
     assert ("the download of base_model 2.0 MB" in said) == (cache == "shared")
     assert "DAGSTER_HOME" in hint

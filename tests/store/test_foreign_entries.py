@@ -40,7 +40,7 @@ def test_a_foreign_manifest(mini: MiniProject, text: str, why: str):
     (first.path / "precious").write_text("kept")
     found = plan_of(mini)["merged_model"]
     assert found.state == "missing"
-    assert found.reasons == (f"{first.fingerprint} is there, but {why}: it will be set aside",)
+    assert found.reasons == (f"{first.fingerprint} exists, but {why}: it will be set aside",)
     assert left_alone(mini) == {first.path.name: why, "CURRENT": f"{first.fingerprint}: {why}"}
     assert make_chain(mini)["merged_model"].manifest["files"] == first.manifest["files"]
     assert {item.state for item in plan_of(mini).values()} == {"fresh"}
@@ -82,7 +82,7 @@ def test_the_current_one_of_a_later_release(mini: MiniProject):
     found = plan_of(mini)["lora_adapter"]
     assert (found.state, found.reasons) == (
         "missing",
-        (f"what was made last is of no use ({made.fingerprint}: made by a later release)",),
+        (f"the last artifact is unusable ({made.fingerprint}: made by a later release)",),
     )
     make_chain(mini)
     assert (made.path / "manifest.json").read_text() == '{"version": 2}'
@@ -98,7 +98,7 @@ def test_a_foreign_pointer(mini: MiniProject, content: bytes):
     assert plan_of(mini)["lora_adapter"].state == "fresh", "it is there, whatever the pointer says"
     assert left_alone(mini) == {"CURRENT": "CURRENT is foreign"}
     mini.edit(train={"learning_rate": 0.5})
-    assert plan_of(mini)["lora_adapter"].reasons == ("what was made last is of no use (CURRENT is foreign)",)
+    assert plan_of(mini)["lora_adapter"].reasons == ("the last artifact is unusable (CURRENT is foreign)",)
     now = make_chain(mini)["lora_adapter"]
     assert pointer.read_text() == f"{now.fingerprint}\n"
     assert left_alone(mini, keep=9) == {"set-aside-CURRENT": "not an artifact"}

@@ -234,7 +234,7 @@ def test_one_that_cannot_be_read_is_set_aside(mini: MiniProject, harm: Callable[
     harm(made.path / "manifest.json")
     began = time.monotonic()
     assert plan_of(mini)["merged_model"].reasons == (
-        f"{made.fingerprint} is there, but its manifest cannot be read: it will be set aside",
+        f"{made.fingerprint} exists, but its manifest cannot be read: it will be set aside",
     )
     assert left_alone(mini)[made.fingerprint] == "its manifest cannot be read"
     assert time.monotonic() - began < 5

@@ -37,7 +37,7 @@ def _cost(node: Node, known: Known) -> Cost:
 
 
 class BaseFacts:
-    """Size and weights of the base model of today's recipe, as far as they are known before it is fetched."""
+    """Size and weights of the recipe's base model, as far as they are known before it is fetched."""
 
     def __init__(self, known: Known):
         self._known = known
@@ -45,12 +45,12 @@ class BaseFacts:
 
     @cached_property
     def announced(self) -> Announced | None:
-        """What the hub says of the model, if it may be asked."""
+        """The hub's answer about the model, if the hub may be asked."""
         return base_model.announced(self._model, self._root) if self._known.ask_hub else None
 
     @cached_property
     def artifact(self) -> Artifact | None:
-        """The published base model, if it was ever made, for whatever recipe."""
+        """The published base model, of any recipe, if there is one."""
         if (artifact := self._known.plan["base_model"].artifact) is not None:
             return artifact
         past = self._known.past("base_model")
@@ -103,7 +103,7 @@ class BaseFacts:
 
 
 def weights_of(folder: Path) -> Counter[str]:
-    """Return the elements by dtype of the safetensors files in a folder; empty where they cannot be read."""
+    """Return the elements by dtype of the safetensors files in a folder; empty if they cannot be read."""
     weights: Counter[str] = Counter()
     try:
         for path in folder.glob("*.safetensors"):
@@ -115,7 +115,7 @@ def weights_of(folder: Path) -> Counter[str]:
     return weights
 
 
-# No tools: files as they came, or quantised weights spelt out, which transformers has but one way to do.
+# No tools: files unchanged, or weights dequantised by transformers, which has only one way to do it.
 NODE = Node(
     "base_model",
     reads=("model.model_name_or_path", "model.model_revision", "model.model_sha256", "model.trust_remote_code"),

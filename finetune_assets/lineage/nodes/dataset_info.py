@@ -24,7 +24,7 @@ def _cost(node: Node, known: Known) -> Cost:
 
 
 def split_rows(known: Known) -> Mapping[str, int]:
-    """Return the rows of each split, as they are or will be; empty where that is unknown."""
+    """Return the rows of each split, as they are or will be; empty if unknown."""
     data = known.plan["dataset_info"].artifact
     if data is None:
         section, counts = known.recipe.dataset, source_rows(known)
@@ -40,10 +40,10 @@ def _held_out(size: float, rows: int) -> int:
     return round(size if size >= 1 else size * rows)
 
 
-# Python alone (json, hashes) makes it, which gives the same in every version.
+# No tools: Python's own JSON and hashes, which are the same in every version.
 NODE = Node(
     "dataset_info",
-    # disable_shuffling: only then does the order of rows mean anything
+    # disable_shuffling: the order of rows matters only with it
     reads=(
         *("dataset.max_samples", "dataset.val_size", "dataset.test_size", "dataset.seed"),
         "train.disable_shuffling",

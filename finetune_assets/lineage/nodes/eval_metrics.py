@@ -13,7 +13,7 @@ HEADLINE = tuple(
 
 
 def _cost(node: Node, known: Known) -> Cost:
-    """Scale by what takes the time: rows answered, and tokens of each answer."""
+    """Scale by the rows answered, and by the tokens of each answer."""
     past = known.past(node.name)
     scale = known.of(BaseFacts).scale(past)
     if past is None or scale is None:
@@ -34,8 +34,8 @@ NODE = Node(
         Upstream("base_model"),
         Upstream("lora_adapter"),
     ),
-    # the segmenter and the smoothing decide the scores; the same weights answer alike in any torch, and an adapter
-    # trained by a different torch is a different upstream
+    # the segmenter and the smoothing decide the scores; the same weights give the same answers in any torch, and an
+    # adapter trained by a different torch is a different upstream
     tools=lambda: exact_versions("jieba", "nltk"),
     headline=metrics_named(*HEADLINE),
     cost=_cost,

@@ -1,4 +1,4 @@
-"""gguf_file: the merged model in llama.cpp's format, one file for each type; and what decides each of these files."""
+"""gguf_file: the merged model in llama.cpp's format, one file for each type, and what decides each file."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def kept_files(made: Mapping[str, Any], wanted: Mapping[str, Any], kinds: Iterab
 
 
 def kept_figures(made: Mapping[str, Any], wanted: Mapping[str, Any], kinds: Iterable[str]) -> set[str]:
-    """Return the types whose files would also compare with the merged model as they did; arguments as above."""
+    """Return the types whose comparison with the merged model would give the same figures; arguments as above."""
     same_rows = _test_rows(made) == _test_rows(wanted)
     return kept_files(made, wanted, kinds) if same_rows else set()
 
 
 def _decides_bytes(ingredients: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return what of a fingerprint decides one file; the rest decides how the file compares with the merged model."""
+    """Return the part of a fingerprint that decides one file; the rest only decides its comparison with the model."""
     recipe, upstreams, tools = (ingredients[key] for key in ("recipe", "upstreams", "tools"))
     decides: dict[str, Any] = {
         **{key: value for key, value in ingredients.items() if key not in ("recipe", "upstreams", "tools")},
@@ -67,9 +67,9 @@ def _cost(node: Node, known: Known) -> Cost:
 
 
 def _seconds(node: Node, known: Known, past: Artifact, scale: float, unproven: int) -> float | None:
-    """Converting, and reading with the merged model, is for all types and takes about as long as one type.
+    """Estimate the time for some types: conversion and the merged model's answers take about as long as one type.
 
-    Each run made some of its types, and none recorded how many: the slowest made most.
+    Each past run made some of its types, and none recorded how many: the slowest made most.
     """
     runs = [run for run in known.store.published(past.manifest["recipe"], node.name) if run.metrics.get("types")]
     each = [
@@ -111,14 +111,14 @@ def _natural_type(known: Known) -> str:
 
 NODE = Node(
     "gguf_file",
-    # the names of base model and data sets are among the files' metadata
+    # the files' metadata name the base model and the data sets
     reads=("gguf", "model.model_name_or_path", "model.model_revision", "dataset.dataset"),
-    # the test rows are what files and merged model are compared by; others say which weights matter, if asked
+    # test: files and merged model are compared on these rows; the importance matrix is measured on its own rows
     upstreams=(
         Upstream("dataset_info", lambda recipe: ("test", *filter(None, [recipe.gguf.imatrix]))),
         Upstream("merged_model"),
     ),
-    # the converter lays out tensors and metadata, llama.cpp (xllamacpp) rounds and computes
+    # the converter lays out tensors and metadata, llama.cpp (xllamacpp) quantises and computes
     tools=lambda: {"converter": converter_version(), **exact_versions("xllamacpp")},
     code_version="6",
     headline=metrics_named("types"),

@@ -1,4 +1,4 @@
-"""lora_adapter: what training adds to the base model."""
+"""lora_adapter: the trained adapter of the base model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NODE = Node(
     reads=("train", "model.template", "model.default_system", "model.trust_remote_code"),
     upstreams=(Upstream("dataset_info", lambda _: ("train", "validation")), Upstream("base_model")),
     # torch: random numbers and the optimiser; transformers: batches, schedule and the model's code; trl: the loss, and
-    # every setting that the recipe leaves alone; peft: what an adapter starts as and how it is scaled
+    # the settings that the recipe does not give; peft: how an adapter is initialised and scaled
     tools=lambda: minor_versions("torch", "transformers", "peft", "trl"),
     code_version="2",
     headline=metrics_named("rows", "steps", "final_loss", "validation_loss", "tokens_per_second", "peak_memory_gib"),

@@ -23,11 +23,11 @@ def _weight_bytes(known: Known) -> int:
     return sum(count * BYTES_OF[name if dtype == "auto" else FLOATS[dtype]] for name, count in weights.items())
 
 
-# No tools: sums and products of the project's own in float32, which torch only rounds.
+# No tools: sums and products in float32, which torch only rounds.
 NODE = Node(
     "merged_model",
     reads=("export",),
-    # on the test rows it is compared with base and adapter
+    # test: on these rows the merged model is compared with base and adapter
     upstreams=(
         Upstream("dataset_info", lambda _: ("test",)),
         Upstream("base_model"),

@@ -34,12 +34,12 @@ def _problem(artifact: Artifact, project: Project) -> str | None:
 def _headline(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     values = HEADLINE(metrics)
     if "place" in values and metrics.get("where") == "store":
-        values["place"] = OWN_STORE  # an earlier release recorded the folder of its day
+        values["place"] = OWN_STORE  # an earlier release recorded the folder
     return values
 
 
 def _cost(node: Node, known: Known) -> Cost:
-    """Count the weights only where they are copied: to a server. The project's own store links them."""
+    """Count the weights only if they are copied to a server: the project's own store links them."""
     past = known.past(node.name)
     copied = past is not None and past.metrics.get("where") == "server"
     kinds = set(known.recipe.served.values()) if copied else set()
@@ -52,12 +52,12 @@ def _check_server() -> None:
     try:
         ollama_server.answers(ollama_server.configured_host())
     except StepFailed as error:
-        if not isinstance(error.__cause__, TimeoutError):  # it may have time when it is needed
+        if not isinstance(error.__cause__, TimeoutError):  # it may answer by the time it is needed
             raise
 
 
 class _Serving:
-    """What is served under each name of a model; each name is looked up once."""
+    """The digests that are served under each model name; each name is looked up once."""
 
     def __init__(self, models: Path):
         self._models = models
@@ -68,7 +68,7 @@ class _Serving:
         for name, digest in digests_of(artifact.metrics).items():
             served = self._served(name)
             if served is None:
-                return "the Ollama server cannot be asked"
+                return "the Ollama server cannot be queried"
             if digest in served:
                 return f"served as {name.removesuffix(':latest')}"
         return None
@@ -84,11 +84,11 @@ class _Serving:
 
 @contextmanager
 def unused_files(models: Path) -> Iterator[list[Path]]:
-    """Hold the lock of the project's own Ollama store, and give the files there that belong to no model.
+    """Hold the lock of the project's own Ollama store, and yield its files that belong to no model.
 
     Raises:
         StepFailed: a model is being written, or a running server may be using the store.
-        OSError: the server answers no longer.
+        OSError: the server no longer answers.
     """
     from filelock import Timeout
 
@@ -103,7 +103,7 @@ def unused_files(models: Path) -> Iterator[list[Path]]:
         yield unused_blobs(models)
 
 
-# What the server makes of it has a digest, which the plan asks for.
+# No tools: the plan compares the digest that is served with the one on record.
 NODE = Node(
     "ollama_model",
     reads=("ollama", "model.default_system"),

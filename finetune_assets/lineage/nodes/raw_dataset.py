@@ -55,7 +55,7 @@ def _data_files(known: Known) -> list[tuple[Path, str]]:
     return [(data_file(folder, entry), entry.columns.response) for entry in entries.values()]
 
 
-# Python alone (json, hashes) makes it, which gives the same in every version.
+# No tools: Python's own JSON and hashes, which are the same in every version.
 NODE = Node(
     "raw_dataset",
     reads=("dataset.dataset", "dataset.dataset_dir"),
