@@ -81,7 +81,7 @@ def _refuse(config: dict[str, Any], adapter: Path) -> None:
     known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
     if unknown := sorted(key for key, value in config.items() if value and key not in known):
         raise BadInput(
-            f"{adapter}: PEFT {peft.__version__} does not support {unknown[0]}, which its configuration sets", upgrade
+            f"{adapter}: PEFT {peft.__version__} does not know {unknown[0]}, which its configuration sets", upgrade
         )
     if config.get("layer_replication"):
         raise BadInput(f"{adapter}: layer_replication builds a model with other layers", "leave it out")
