@@ -1,1 +1,1 @@
-"""GGUF files: conversion by llama.cpp, quantisation, importance matrices. Front doors: `converter` and `make`."""
+"""GGUF files: conversion by llama.cpp, quantisation, importance matrices. Front doors: `make` and `imatrix`."""

@@ -1,6 +1,6 @@
-"""ggml's own conversions of rows of weights, out of the llama.cpp that xllamacpp carries.
+"""ggml's own conversions of rows of weights, called in the llama.cpp inside xllamacpp.
 
-They round as llama.cpp does by definition, at its speed. Python's lock is not held meanwhile.
+The results therefore equal those of llama.cpp, at its speed. The calls release Python's lock.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def quantise(values: np.ndarray, kind: str, out: np.ndarray, importance: np.ndar
     """Fill `out` (bytes, as many as they are in the type `kind`) from float32 rows (n, columns); all contiguous.
 
     Args:
-        importance: float32 (columns,), how much an error in each column counts.
+        importance: float32 (columns,), weight of the quantisation error in each column.
     """
     rows, columns = values.shape
     weights = None if importance is None else importance.ctypes.data
@@ -46,15 +46,15 @@ def quantise(values: np.ndarray, kind: str, out: np.ndarray, importance: np.ndar
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """xllamacpp's extension module, taken as a plain library: its exported functions are ggml's own.
+    """Load xllamacpp's extension module as a plain library: it exports ggml's functions.
 
     Raises:
-        StepFailed: it is not installed, or exports none of them.
+        StepFailed: xllamacpp is not installed, or does not export the functions.
     """
-    found = importlib.util.find_spec("xllamacpp")
-    if found is None or found.origin is None:
-        raise StepFailed("GGUF types are rounded by the llama.cpp in xllamacpp, which is not installed", INSTALL)
-    folder = Path(found.origin).parent
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise StepFailed("cannot quantise GGUF files: xllamacpp is not installed", INSTALL)
+    folder = Path(spec.origin).parent
     for file in sorted(folder.glob("xllamacpp*.so")):
         library = ctypes.CDLL(str(file))
         if all(hasattr(library, name) for name in _FUNCTIONS):
@@ -62,4 +62,6 @@ def library() -> ctypes.CDLL:
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
             return library
-    raise StepFailed(f"xllamacpp in {folder} offers no {' or no '.join(_FUNCTIONS)}", INSTALL)
+    raise StepFailed(
+        f"cannot quantise GGUF files: xllamacpp in {folder} does not export {', '.join(_FUNCTIONS)}", INSTALL
+    )

@@ -1,11 +1,11 @@
-"""Which weights matter: the inputs that each weight matrix of a merged model gets while it reads some conversations.
+"""Measurement of an importance matrix: the inputs of each weight matrix while the merged model reads conversations.
 
-Quantising rounds a weight the more carefully the larger the inputs are that it is multiplied with. The measure is
-llama.cpp's (tools/imatrix): the mean square of each input column, over all tokens. As there, the embeddings and the
-output matrix get none: both are kept in a finer type anyway.
+Quantisation gives a weight a smaller error the larger its inputs are. The measure is llama.cpp's (tools/imatrix): the
+mean square of each input column, over all tokens. As in llama.cpp, embeddings and output matrix are not measured: their
+types have more bits anyway.
 
-The products themselves are watched, not the modules: a matrix is known by the place of its weights in memory, whether
-a linear layer uses it or an expert that is one of many in a single parameter.
+We watch the products, not the modules, and recognise a matrix by its address in memory. This finds the matrix of a
+linear layer as well as that of an expert, which is one of many in a single parameter.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TOKENS = 32_768  # read at most
 LONGEST = 512  # tokens of a conversation that are read; llama-imatrix's own
-SAME = 1e-3  # how far sums of a column's weights may be apart that were added up in another order
+SAME = 1e-3  # largest relative difference of two sums of a column's weights that were added in different orders
 
 
 def measure(
@@ -56,7 +56,7 @@ def measure(
 
     Raises:
         BadInput: there are no rows.
-        StepFailed: the model cannot be loaded, computes no finite numbers, or is none that `gguf` names tensors for.
+        StepFailed: the model cannot be loaded, produces non-finite activations, or does not match `gguf`.
     """
     chosen = choose(rows, load_chat(merged, trust_remote_code=trust_remote_code))
     if not chosen:
@@ -72,13 +72,13 @@ def measure(
 
 
 def choose(rows: Path, chat: Chat, tokens: int = TOKENS, longest: int = LONGEST) -> list[list[int]]:
-    """The conversations to read, by their ids, as many as fit into so many tokens.
+    """Choose conversations, as many as fit into so many tokens; return the ids of each.
 
-    Which they are is decided by their content, not by the order of the file.
+    The choice depends on the content of the rows, not on their order in the file.
     """
     chosen: list[list[int]] = []
     for record in sorted(read_split(rows), key=lambda record: record["id"]):
-        # mask_history: with it every template will do, and the ids are the same
+        # mask_history: works with every template, and the ids are the same
         row = encode_row(
             chat.tokenizer, record["messages"],
             default_system=chat.default_system, cutoff_len=longest, mask_history=True,
@@ -91,14 +91,16 @@ def choose(rows: Path, chat: Chat, tokens: int = TOKENS, longest: int = LONGEST)
 
 
 def collect(model: Any, chosen: Sequence[Sequence[int]], progress: Progress) -> dict[str, Inputs]:
-    """What each weight matrix is multiplied with while the model reads: parameter name -> inputs, float64."""
+    """Measure the inputs of each weight matrix while the model reads; return parameter name -> inputs, float64."""
     import torch
     from torch.overrides import TorchFunctionMode
 
-    model.set_experts_implementation("eager")  # one product for each expert; the quicker ones make one of all
+    model.set_experts_implementation(
+        "eager"
+    )  # one product per expert; the faster implementations compute all experts in one
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
-    places: dict[int, tuple[str, int]] = {}  # where a matrix begins in memory -> parameter, expert
+    places: dict[int, tuple[str, int]] = {}  # address of a matrix -> parameter, expert
     for name, weight in model.named_parameters():
         if weight.dim() in (2, 3):
             experts = weight if weight.dim() == 3 else weight[None]
@@ -133,9 +135,10 @@ def collect(model: Any, chosen: Sequence[Sequence[int]], progress: Progress) -> 
 
 
 def named(seen: Mapping[str, Inputs], weights: Mapping[str, torch.Tensor], gguf: Path) -> dict[str, Inputs]:
-    """The inputs under the names of a GGUF file's tensors, of those matrices that have the same columns in both.
+    """Return the inputs by the names of a GGUF file's tensors, for matrices with the same columns in both.
 
-    Converters may reorder a matrix. Its rows do not matter here; where its columns are others, it gets no inputs.
+    A converter may reorder a matrix. The order of rows does not matter here; a matrix with reordered columns gets no
+    inputs.
 
     Args:
         seen: parameter name -> inputs.
@@ -146,25 +149,25 @@ def named(seen: Mapping[str, Inputs], weights: Mapping[str, torch.Tensor], gguf:
     """
     import numpy as np
 
-    head, found = read_head(gguf), {}
+    head, inputs_of = read_head(gguf), {}
     targets = _targets(head)
     for name, inputs in seen.items():
         tensors = targets(name)
         if not tensors or not _same_columns(weights[name], tensors, gguf, head):
             continue
         if not (inputs.sums <= np.finfo(np.float32).max).all():  # not so for NaN
-            raise StepFailed(f"the merged model computes numbers without end (in {name})", "train the adapter again")
-        found |= {tensor.name: inputs for tensor in tensors}
-    if not found:
+            raise StepFailed(f"the merged model produced non-finite activations ({name})", "train the adapter again")
+        inputs_of |= {tensor.name: inputs for tensor in tensors}
+    if not inputs_of:
         raise StepFailed(
-            f"no weight matrix of {head.get('general.architecture')} is known by name, so that none gets statistics",
+            f"the gguf package names no weight matrix of {head.get('general.architecture')}: nothing was measured",
             "leave gguf.imatrix out for this model",
         )
-    return found
+    return inputs_of
 
 
 def _targets(head: Head) -> Callable[[str], list[Tensor]]:
-    """Of a parameter's name, the tensors in the layers of a GGUF file that it becomes: none, one, or gate and up."""
+    """Return a function from a parameter's name to its tensors in a GGUF file's layers: none, one, or gate and up."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     architecture = head.get("general.architecture")
@@ -189,7 +192,7 @@ def _targets(head: Head) -> Callable[[str], list[Tensor]]:
 
 
 def _same_columns(weight: torch.Tensor, tensors: Sequence[Tensor], gguf: Path, head: Head) -> bool:
-    """Whether the tensors, one below the other, have the columns of the weight, however their rows are ordered."""
+    """Return whether the tensors together have the columns of the weight, in any order of rows."""
     import numpy as np
     import torch
 
@@ -206,7 +209,7 @@ def _same_columns(weight: torch.Tensor, tensors: Sequence[Tensor], gguf: Path, h
 
 
 def _column_sums(experts: torch.Tensor) -> torch.Tensor:
-    """Of the magnitudes of (experts, rows, columns) along the rows: float32 on the CPU, (experts, columns)."""
+    """Sum the magnitudes of (experts, rows, columns) along the rows: float32 on the CPU, (experts, columns)."""
     import torch
 
     return torch.stack([expert.abs().sum(0, dtype=torch.float32).cpu() for expert in experts])

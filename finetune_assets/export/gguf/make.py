@@ -1,4 +1,4 @@
-"""A merged model -> one GGUF file for each wanted type, making only those that are not there yet."""
+"""Conversion of a merged model to one GGUF file for each type; files that exist already are kept."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from finetune_assets.store.digests import digest_of_file
 
 @dataclass(frozen=True)
 class GgufInputs:
-    """What the GGUF files of a merged model are made from, and where to.
+    """The inputs of a merged model's GGUF files, and where the files are written.
 
     Attributes:
         merged: Hugging Face folder with the chat template to embed.
         types: names of `gguf_types.TYPES`.
         out: folder of the files.
-        name, about: the model's name, and what else the files' metadata say; see `convert`.
-        cache: where the converter is kept.
+        name, about: the model's name and further metadata of the files; see `convert`.
+        cache: folder of the converter.
         trust_remote_code: let the converter run the code that comes with the model.
-        kept: files made earlier of the same model by the same tools: type (imatrix.gguf by its name) -> path, and
-            the sha256 (hex) it had then. What is something else by now is made again.
-        measure: given a GGUF file of full precision, writes its importance matrix to a path; None: do without.
+        kept: files that the same tools made earlier of the same model: type (imatrix.gguf by its name) -> path, and the
+            sha256 (hex) it had then. A file whose content has changed since is made again.
+        measure: writes the importance matrix of a GGUF file of full precision to a path; None: use no matrix.
     """
 
     merged: Path
@@ -44,27 +44,27 @@ class GgufInputs:
 
     @property
     def matrix(self) -> Path:
-        """The importance matrix that comes with the types which go by one."""
+        """The file of the importance matrix."""
         return self.out / imatrix_file.FILE
 
     def file(self, kind: str) -> Path:
-        """The file of a type."""
+        """Return the file of a type."""
         return self.out / f"{self.name}-{kind}.gguf"
 
     def unchanged(self, kind: str) -> Path | None:
-        """The kept file of a type, if it still is what it was."""
+        """Return the kept file of a type if its content has not changed."""
         path, sha256 = self.kept.get(kind, (None, ""))
         return path if path is not None and digest_of_file(path) == sha256 else None
 
 
 def make_gguf(inputs: GgufInputs, progress: Progress) -> dict[str, dict[str, Any]]:
-    """Write the files; type -> {"file": its name, "bytes": its size, "sha256": hex}.
+    """Write the files; return type -> {"file": its name, "bytes": its size, "sha256": hex}.
 
     Raises:
         StepFailed: the converter does not know the model, or failed.
     """
     unchanged = functools.cache(inputs.unchanged)
-    digests: dict[str, str] = {}  # of what was written, before anything can happen to it
+    digests: dict[str, str] = {}  # of the files as written, before anything else can change them
     for kind in inputs.types:
         if (path := unchanged(kind)) is not None:
             link_or_copy(path, inputs.file(kind))
@@ -85,7 +85,7 @@ def _make(
     unchanged: Callable[[str], Path | None],
     progress: Progress,
 ) -> dict[str, str]:
-    """Make files from one of full precision, which is converted if none is kept; type -> sha256 (hex)."""
+    """Make files from one of full precision, which is converted unless it was kept; return type -> sha256 (hex)."""
     full = natural_type(inputs.merged)
     source = unchanged(full)
     is_temporary = source is None and full not in inputs.types
@@ -109,7 +109,7 @@ def _make(
 
 
 def _importance(inputs: GgufInputs, types: Sequence[str], source: Path) -> Imatrix | None:
-    """The importance matrix, measured if it is wanted and was not kept."""
+    """Return the importance matrix, which is measured if the types use one and none was kept."""
     if inputs.measure is not None and not inputs.matrix.exists() and _use_imatrix(types):
         inputs.measure(source, inputs.matrix)
     return imatrix_file.read_imatrix(inputs.matrix) if inputs.matrix.exists() else None

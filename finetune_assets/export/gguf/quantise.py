@@ -1,8 +1,8 @@
-"""From one GGUF file of full precision to the types that a recipe asks for, tensor by tensor.
+"""Quantisation of a GGUF file of full precision to the types of a recipe, tensor by tensor.
 
-The bytes of each tensor are the ones that llama.cpp's `llama_model_quantize` makes, with and without an importance
-matrix; the types that cannot do without one (q2_k_s, iq1 to iq3) are not made. Memory is a few blocks of rows per
-thread; the metadata are copied byte for byte, in the form of gguf_form.
+The bytes of each tensor equal those of llama.cpp's `llama_model_quantize`, with and without an importance matrix. Types
+that need a matrix (q2_k_s, iq1 to iq3) are not supported. Memory is a few blocks of rows per thread. The metadata are
+copied byte for byte, in the form of `form`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 18  # weights quantised at a time: 1 MiB in float32
 MOST_WORKERS = 32
-MOST_TEXT = 127  # bytes of a text that llama.cpp takes over from an importance matrix
+MOST_TEXT = 127  # bytes of a text that llama.cpp copies from an importance matrix
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """An importance matrix: how strongly each column of a weight matrix was driven while the model read some text.
+    """An importance matrix: the mean square of each weight matrix's inputs, by column, while the model read some text.
 
-    `values` maps a GGUF tensor's name to float32 (experts or 1, columns), the mean square of that input; for an expert
-    that saw nothing, ones. A matrix without an entry is quantised as it is without an importance matrix. The rest goes
-    into the file's metadata (quantize.imatrix.*): the matrix' file, the text it read, and how many chunks of it.
+    `values` maps a GGUF tensor's name to float32 (experts or 1, columns); an expert without tokens has ones. A matrix
+    without an entry is quantised as without an importance matrix. The other fields are written to the metadata of the
+    quantised file (quantize.imatrix.*): the matrix' file, the text that was read, and its number of chunks.
     """
 
     values: Mapping[str, np.ndarray]
@@ -52,20 +52,20 @@ def make_types(
 ) -> dict[str, Path]:
     """Make `out_dir`/`name`-TYPE.gguf for each type from a GGUF file of type f32, f16 or bf16.
 
-    The same source gives the same bytes. A type that the source already has is a hard link to it (or a copy). The
-    importance matrix has a say in the types of IMATRIX_TYPES only.
+    The same source gives the same bytes. If the source already has a type, that file is a hard link to it, or a
+    copy. The importance matrix affects the types of IMATRIX_TYPES only.
 
     Raises:
         BadInput: an unknown type.
-        StepFailed: the source is quantised or damaged, a weight fits neither float16 nor a block's scale, or the
-            importance matrix is of another model or holds NaN.
+        StepFailed: the source is quantised or damaged, a weight exceeds the range of float16 or of a block's scale, or
+            the importance matrix holds NaN or belongs to a different model.
     """
     if unknown := [kind for kind in types if kind not in FILE_TYPES]:
         raise BadInput(f"unknown GGUF type {unknown[0]!r}", f"known: {', '.join(FILE_TYPES)}")
     head = read_head(source)
     has = {number: kind for kind, number in FILE_TYPES.items()}.get(head.get("general.file_type"))
     if has not in UNQUANTISED:
-        raise StepFailed(f"{source} is not of full precision: types are made from f32, f16 or bf16 only")
+        raise StepFailed(f"{source} is not of full precision: GGUF types are quantised from f32, f16 or bf16 only")
     out_dir.mkdir(parents=True, exist_ok=True)
     files = {kind: out_dir / f"{name}-{kind}.gguf" for kind in types}
     for kind, file in files.items():
@@ -77,7 +77,7 @@ def make_types(
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or a copy where the file system cannot link; nothing, if it has that name already."""
+    """Link a file to a second name, or copy it if the file system has no links; do nothing if the link exists."""
     if target.exists() and source.samefile(target):
         return
     target.unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _make(source: Path, head: Head, kind: str, file: Path, imatrix: Imatrix | No
 
 
 def _telling_of(imatrix: Imatrix, head: Head) -> Head:
-    """The head with the metadata by which llama.cpp tells that the rounding was weighed, and by what."""
+    """Return the head with the metadata by which llama.cpp describes the importance matrix."""
     for key, text in (("file", imatrix.file), ("dataset", imatrix.dataset)):
         if text:
             short = text.encode()[:MOST_TEXT].decode(errors="ignore")
@@ -115,31 +115,31 @@ def _telling_of(imatrix: Imatrix, head: Head) -> Head:
 
 
 def _importance(imatrix: Imatrix, head: Head, made: Head) -> dict[str, np.ndarray]:
-    """Name -> (experts or 1, columns) for the tensors that are to be rounded; StepFailed if it is of another model."""
+    """Return name -> (experts or 1, columns) for the quantised tensors; StepFailed if the matrix does not fit them."""
     import numpy as np
 
-    found: dict[str, np.ndarray] = {}
+    importance: dict[str, np.ndarray] = {}
     for before, after in zip(head.tensors, made.tensors, strict=True):
         values = imatrix.values.get(before.name)
         if values is None or before.type == after.type:
             continue
         matrices, columns = before.matrices, before.shape[0]
         if values.size == matrices * columns:
-            found[before.name] = np.ascontiguousarray(values, np.float32).reshape(matrices, columns)
-        elif before.name not in EMBEDDINGS:  # whose inputs are no activations; a matrix may hold anything for them
+            importance[before.name] = np.ascontiguousarray(values, np.float32).reshape(matrices, columns)
+        elif before.name not in EMBEDDINGS:  # their inputs are token ids, so that a matrix may hold any values for them
             raise StepFailed(
                 f"the importance matrix has {values.size} values for {before.name} instead of {matrices} x {columns}",
-                "it was made of another model: make it again",
+                "measure the importance matrix of this model",
             )
-    for name, values in found.items():
+    for name, values in importance.items():
         if not np.isfinite(values).all():
             raise StepFailed(f"the importance matrix holds NaN or infinite values for {name}", "make it again")
-    return found
+    return importance
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of a tensor; `read_at` and `write_at` are where their bytes lie in the files."""
+    """Some rows of a tensor; `read_at` and `write_at` are the offsets of their bytes in the two files."""
 
     before: Tensor
     after: Tensor
@@ -150,7 +150,7 @@ class _Block:
 
 
 def _blocks(head: Head, made: Head, data_start: int, importance: dict[str, np.ndarray]) -> Generator[_Block]:
-    """All tensors in blocks of at most CHUNK weights or one row; the rows of two experts are not mixed."""
+    """Yield all tensors in blocks of at most CHUNK weights, or of one row; a block has rows of one expert only."""
     for before, after in zip(head.tensors, made.tensors, strict=True):
         read_at, write_at = head.data_start + before.offset, data_start + after.offset
         step = max(1, CHUNK // before.shape[0])
@@ -166,7 +166,7 @@ def _blocks(head: Head, made: Head, data_start: int, importance: dict[str, np.nd
 
 
 def _convert_all(blocks: Generator[_Block], source: int, target: int) -> None:
-    """Convert all blocks from one open file to the other, in threads: ggml and the files need no Python lock."""
+    """Convert all blocks from one open file to another, in threads: ggml and file access release Python's lock."""
     taking = threading.Lock()
 
     def work() -> None:
@@ -185,7 +185,7 @@ def _convert_all(blocks: Generator[_Block], source: int, target: int) -> None:
                 done.result()
         finally:
             with taking:
-                blocks.close()  # so that the others stop, too
+                blocks.close()  # so that the other threads stop too
 
 
 def _write(file: int, data: memoryview, at: int) -> None:
@@ -195,7 +195,7 @@ def _write(file: int, data: memoryview, at: int) -> None:
 
 
 class _Scratch:
-    """One worker's memory, used again for each block."""
+    """The memory of one thread, which all of its blocks share."""
 
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
@@ -208,7 +208,7 @@ class _Scratch:
         return self.arrays[use][:size]
 
     def converted(self, block: _Block, source: int) -> memoryview:
-        """The block's bytes in its new type, until the next call; quantisers work from float32."""
+        """Return the block's bytes in its new type, valid until the next call; quantisers read float32."""
         import numpy as np
 
         before, after = block.before, block.after
@@ -223,7 +223,7 @@ class _Scratch:
             values = self._bytes("float32", block.rows * before.shape[0] * 4).view(np.float32)
             ggml.to_float32(data, before.type, values)
         else:
-            raise StepFailed(f"tensor {before.name} is {before.type}: types are made from F32, F16 or BF16 only")
+            raise StepFailed(f"tensor {before.name} is {before.type}, not F32, F16 or BF16")
         if not np.isfinite(values).all():
             raise StepFailed(f"tensor {before.name} holds NaN or infinite values", "train the adapter again")
         made = self._bytes("write", block.rows * after.row_size)
@@ -232,5 +232,5 @@ class _Scratch:
         for at in stored.scales:
             parts = made.reshape(-1, stored.size)[:, at : at + 2]
             if not np.isfinite(parts.copy().view(np.float16)).all():
-                raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "ask for bf16 (gguf.types)")
+                raise StepFailed(f"tensor {before.name} holds weights beyond {after.type}", "set gguf.types to bf16")
         return made.data

@@ -1,8 +1,8 @@
-"""Which type each tensor of a GGUF file gets: llama.cpp's choice for a file type.
+"""Choice of each tensor's type in a GGUF file: llama.cpp's choice for a file type.
 
-A K-quant file is a mixture: the tensors that matter most get more bits. This follows src/llama-quant.cpp of llama.cpp
-b10605 (tensor_allows_quantization, llama_tensor_get_type, tensor_type_fallback) but for one thing: where llama.cpp
-gives up, because rows are no multiple of 32, we write F16.
+A K-quant file is a mixture: the tensors that matter most get more bits. The rules are those of src/llama-quant.cpp in
+llama.cpp b10605 (tensor_allows_quantization, llama_tensor_get_type, tensor_type_fallback), with one exception:
+llama.cpp refuses rows that are not a multiple of 32, and we write them as F16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_assets.models.formats.gguf import TENSOR_TYPES, Head, Tensor
 from finetune_assets.recipe.gguf_types import TYPES
 from finetune_assets.reporting.errors import StepFailed
 
-# Parts of the names of matrices that are left alone.
+# Parts of the names of matrices that are not quantised.
 KEPT = (
     "_norm.weight", "ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj",
     "ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "time_mix_first.weight",
@@ -32,17 +32,17 @@ EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
 VALUES = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight")  # a fused matrix holds the values too
 
-# What a K-quant becomes in rows that are no multiple of 256.
+# The types that replace K-quants in rows that are not a multiple of 256.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
-# Numbers of layers at which llama.cpp takes a model for one of 70B, in which many heads share a value matrix.
+# Numbers of layers by which llama.cpp recognises a 70B model, in which many heads share a value matrix.
 LAYERS_OF_70B = {"llama": 80, "llama-embed": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 
 def tensor_types(head: Head, kind: str, with_imatrix: bool = False) -> list[str]:
-    """The type of each tensor of `head`, in its order, in a file of type `kind` (a key of `gguf_types.TYPES`).
+    """Return the type of each tensor of `head`, in its order, in a file of type `kind` (a key of `gguf_types.TYPES`).
 
-    With an importance matrix the first ffn_down matrices of q4_0 and q5_0 are given a minimum.
+    With an importance matrix, the first ffn_down matrices of q4_0 and q5_0 get types with a minimum (Q4_1, Q5_1).
 
     Raises:
         StepFailed: a model with experts has an ffn_down tensor outside its layers.
@@ -62,19 +62,19 @@ def _is_quantised(tensor: Tensor) -> bool:
 
 
 def _fitting(tensor: Tensor, wanted: str) -> str:
-    """The wanted type, or the next one whose blocks fill the tensor's rows."""
+    """Return the wanted type, or the next type whose blocks fill the tensor's rows."""
     types = (wanted, FALLBACK.get(wanted, "F16"), "F16")
     return next(kind for kind in types if tensor.shape[0] % TENSOR_TYPES[kind].block == 0)
 
 
 def _in_layers(index: int, count: int) -> bool:
-    """The first and the last eighth of `count` layers and every third one between: they are given more bits."""
+    """Return whether a layer gets more bits: the first and last eighth of `count` layers, and every third between."""
     return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What the choice depends on, of a whole model."""
+    """The facts of a whole model that the choice depends on."""
 
     architecture: str
     layers: int
@@ -86,7 +86,7 @@ class _Model:
 
 
 class _Mixture:
-    """Chooses for one tensor after the other, counting the value and ffn_down matrices that went by."""
+    """A choice of types for one tensor after the other, which counts the value and ffn_down matrices."""
 
     def __init__(self, head: Head, kind: str, default: str, with_imatrix: bool):
         self.model = _describe(head)
@@ -97,7 +97,7 @@ class _Mixture:
         self.downs_seen = 0
 
     def choose(self, tensor: Tensor) -> str:
-        """The type wanted for a matrix; queries, ffn_gate, ffn_up and the unnamed get the default."""
+        """Return the type for a matrix; queries, ffn_gate, ffn_up and unknown names get the default."""
         name = tensor.name
         if name == OUTPUT or (self.model.is_tied and name in EMBEDDINGS):
             return "Q8_0" if self.model.architecture == "falcon" or self.default == "Q8_0" else "Q6_K"
@@ -118,7 +118,7 @@ class _Mixture:
         model, index, wanted = self.model, self.values_seen, self.default
         self.values_seen += 1
         if model.experts == 8:
-            return "Q8_0"  # small beside the experts
+            return "Q8_0"  # small compared with the experts
         if self.kind == "q2_k":
             wanted = "Q4_K" if model.queries_per_value >= 4 else "Q3_K"
         elif self.kind == "q3_k_m":
@@ -165,15 +165,15 @@ class _Mixture:
         return self.default
 
     def _layer_of_down(self, name: str) -> int:
-        """A count of the ffn_down matrices that went by; with experts, which may have several to a layer, its number.
+        """Return the number of earlier ffn_down matrices; with experts, which may have several per layer, the layer.
 
-        So shared matrices of a model without experts shift the count, as they do in llama.cpp.
+        In a model without experts, shared matrices therefore shift the count, as in llama.cpp.
         """
         if self.model.experts <= 1:
             self.downs_seen += 1
             return self.downs_seen - 1
         if not 0 <= (layer := layer_of(name)) < self.model.layers:
-            raise StepFailed(f"tensor {name} belongs to none of the model's {self.model.layers} layers")
+            raise StepFailed(f"tensor {name} is not in one of the model's {self.model.layers} layers")
         return layer
 
 
@@ -186,14 +186,14 @@ def _describe(head: Head) -> _Model:
 
     layers, experts = number("block_count", 0), number("expert_count", 0)
     if architecture == "nanbeige":
-        layers *= number("num_loops", 1)  # it runs through its layers so many times; a layer counts as often
+        layers *= number("num_loops", 1)  # it runs through its layers several times, and each time counts
     elif architecture == "graniteswitch":
         layers += 1  # the router that chooses an adapter
     heads = number("attention.head_count", 0)
     shared = number("attention.head_count_kv", heads)
     is_70b = layers > 0 and layers == LAYERS_OF_70B.get(architecture)
     if architecture.startswith("llama") and heads == shared:
-        is_70b = False  # it is the first Llama of 65B
+        is_70b = False  # this is the first Llama, of 65B
     return _Model(
         architecture=architecture,
         layers=layers,

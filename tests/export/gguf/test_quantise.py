@@ -142,11 +142,11 @@ def test_without_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "finetune_assets.export.gguf.ggml.library", ggml.library.__wrapped__
     )  # what was loaded stays away
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(StepFailed, match="xllamacpp, which is not installed"):
+    with pytest.raises(StepFailed, match="xllamacpp is not installed"):
         make_types(source, ["q8_0"], tmp_path, "x")
     package = tmp_path / "xllamacpp" / "__init__.py"  # of which nothing is exported
     monkeypatch.setattr("importlib.util.find_spec", lambda name: SimpleNamespace(origin=str(package)))
-    with pytest.raises(StepFailed, match="offers no ggml_quantize_chunk"):
+    with pytest.raises(StepFailed, match="does not export ggml_quantize_chunk"):
         make_types(source, ["q8_0"], tmp_path, "x")
 
 
