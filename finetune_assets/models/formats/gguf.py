@@ -1,7 +1,7 @@
-"""The head of a GGUF file: metadata and tensor table, without a third-party import and without touching the weights.
+"""The head of a GGUF file: metadata and tensor table, without a third-party import and without reading the weights.
 
-Metadata values stay raw bytes until asked for, so that a file can be written again with all of its metadata, unknown
-kinds included. Versions 2 and 3, little-endian. Specification:
+Metadata values stay raw bytes until they are read, so that a file can be written again with all of its metadata,
+including unknown kinds. Versions 2 and 3, little-endian. Specification:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -88,7 +88,7 @@ class Tensor:
 
     @property
     def type(self) -> str:
-        """The type's name; StepFailed for one that we neither read nor write."""
+        """The type's name; StepFailed for a type that is not supported."""
         if self.type_number not in TYPE_NAMES:
             raise StepFailed(
                 f"tensor {self.name} has GGML type {self.type_number}, which is not among {list(TENSOR_TYPES)}"
@@ -125,7 +125,7 @@ class Head:
         return sum(tensor.elements for tensor in self.tensors)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A metadata value, decoded; arrays become lists. Bytes that are no UTF-8 are shown as \\xNN."""
+        """Return a metadata value, decoded; arrays become lists. Bytes that are not UTF-8 are shown as \\xNN."""
         if key not in self.raw:
             return default
         kind, data = self.raw[key]
@@ -138,17 +138,17 @@ class Head:
         return _aligned(max(ends, default=0), self.alignment)
 
     def with_value(self, key: str, kind: int, value: int | bool | str) -> Head:
-        """The same head with one value set (`kind` UINT32, BOOL or STRING), in its place or at the end."""
+        """Return the same head with one value set (`kind` UINT32, BOOL or STRING), in its place or at the end."""
         data = _string(value) if isinstance(value, str) else struct.pack(SCALARS[kind], value)
         return replace(self, raw=self.raw | {key: (kind, data)})
 
     def with_tensors(self, types: list[str]) -> Head:
-        """The same head for a file in which the tensors have these types, laid out one after the other."""
+        """Return the same head for a file in which the tensors have these types, laid out one after the other."""
         named = zip(self.tensors, types, strict=True)
         return self.laid_out([replace(tensor, type_number=TENSOR_TYPES[name].number) for tensor, name in named])
 
     def laid_out(self, tensors: Sequence[Tensor]) -> Head:
-        """The same head for a file of these tensors, one after the other."""
+        """Return the same head for a file of these tensors, one after the other."""
         made: list[Tensor] = []
         at = 0
         for tensor in tensors:
@@ -157,7 +157,7 @@ class Head:
         return replace(self, tensors=tuple(made))
 
     def encode(self) -> bytes:
-        """The head as it stands in a file, padded to where the data begin."""
+        """Return the head as bytes, padded to where the data begin."""
         parts = [MAGIC, struct.pack("<IQQ", self.version, len(self.tensors), len(self.raw))]
         for key, (kind, data) in self.raw.items():
             parts += [_string(key), struct.pack("<I", kind), data]
@@ -172,12 +172,12 @@ def read_head(path: Path) -> Head:
     """Read the head of a GGUF file.
 
     Raises:
-        StepFailed: it is not a GGUF file, it is cut short, or of a version that we do not know.
+        StepFailed: it is not a GGUF file, is cut short, or has an unsupported version.
     """
     with path.open("rb") as file:
         start = file.read(8)
         if len(start) < 8 or start[:4] != MAGIC:
-            raise StepFailed(f"{path} is no GGUF file", "make it again")
+            raise StepFailed(f"{path} is not a GGUF file", "make it again")
         version = struct.unpack("<I", start[4:])[0]
         if version not in (2, 3):
             raise StepFailed(f"{path} is GGUF version {version} (or big-endian); versions 2 and 3 are known")
@@ -196,7 +196,7 @@ def read_head(path: Path) -> Head:
 
 
 def context_of_gguf(file: Path) -> int | None:
-    """The longest context that a GGUF file's model was made for, in tokens."""
+    """Return the longest context that a GGUF file's model was trained for, in tokens."""
     head = read_head(file)
     return head.get(f"{head.get('general.architecture')}.context_length")
 

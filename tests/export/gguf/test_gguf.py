@@ -135,7 +135,7 @@ def test_natural_type_loses_nothing(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"PK\x03\x04 not a model", "no GGUF file"),
+        (b"PK\x03\x04 not a model", "is not a GGUF file"),
         (b"GGUF" + struct.pack("<I", 9) + bytes(16), "version 9"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 5) + b"\x05", "damaged or cut short"),
     ],

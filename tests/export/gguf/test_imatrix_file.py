@@ -45,5 +45,5 @@ def test_the_file_is_llama_cpp_s(tmp_path: Path) -> None:
     imatrix_file.write_imatrix(again, imatrix_file.read_inputs(file), dataset="train.jsonl", chunks=3, chunk_size=512)
     assert again.read_bytes() == file.read_bytes()
     file.write_bytes(b"something else")
-    with pytest.raises(StepFailed, match="no GGUF file"):
+    with pytest.raises(StepFailed, match="is not a GGUF file"):
         imatrix_file.read_imatrix(file)

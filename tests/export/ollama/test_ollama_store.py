@@ -150,7 +150,7 @@ def test_no_name_moves_before_all_blobs_are_there(tmp_path: Path, gguf: Path) ->
     before = publish(models, gguf)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")
-    with pytest.raises(StepFailed, match="no GGUF file"):
+    with pytest.raises(StepFailed, match="is not a GGUF file"):
         write(models, [model(gguf, system="new"), model(broken, "demo:q8_0")])
     assert read(models, "demo:latest") == before.digest
 
@@ -193,7 +193,7 @@ def test_numbers_as_ollama_writes_them(count: int, text: str) -> None:
 
 def test_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"something else")
-    with pytest.raises(StepFailed, match="no GGUF file"):
+    with pytest.raises(StepFailed, match="is not a GGUF file"):
         publish(tmp_path / "models", tmp_path / "x.gguf")
     assert read(tmp_path / "models", "demo") is None
 
