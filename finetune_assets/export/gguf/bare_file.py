@@ -1,4 +1,4 @@
-"""A GGUF file's tokenizer and chat template on a body of next to no weights, which llama.cpp loads in no time."""
+"""A GGUF file with a model's tokenizer and chat template but almost no weights, which llama.cpp loads at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from finetune_assets.models.formats.gguf import Head, read_head, write_with_head
 
 WIDTH = 32  # of the body: one layer, one head
 CONTEXT = 64
-TOKENIZER = "tokenizer."  # begins the names of what belongs to it
+TOKENIZER = "tokenizer."  # begins the keys of its metadata
 
 
 def write_bare(head: Head, file: Path) -> None:
-    """Write a model that reads words as one with this head does, and has learnt nothing."""
+    """Write a model that tokenises as a model with this head does, and has no trained weights."""
     body = file.with_name(f"{file.stem}-body.gguf")
     _write_body(body, len(head.get("tokenizer.ggml.tokens", [])))
     own = {key: value for key, value in head.raw.items() if key.startswith(TOKENIZER)}
@@ -23,7 +23,7 @@ def write_bare(head: Head, file: Path) -> None:
 
 
 def _write_body(file: Path, tokens: int) -> None:
-    """A Llama of one layer, all of whose weights are nought."""
+    """Write a Llama of one layer whose weights are all zero."""
     import numpy as np
     from gguf import GGUFWriter
 

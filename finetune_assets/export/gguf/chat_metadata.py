@@ -1,7 +1,7 @@
-"""What a GGUF file has to say about conversations so that every server treats them as training did.
+"""Metadata of a GGUF file that make every server treat conversations as training did.
 
-The converter describes the tokenizer; how it is used is decided by the chat template. Left alone, a server puts a
-begin-of-text token before a prompt whose template has none, or does not stop at the template's end of turn.
+The converter describes the tokenizer, but the chat template decides how it is used. Without a correction, a server puts
+a begin-of-text token before a prompt whose template has none, or does not stop at the template's end of turn.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ END_OF_TURN = "tokenizer.ggml.eot_token_id"
 
 
 def corrected(head: Head, stop_token_ids: list[int]) -> Head:
-    """The head with begin-of-text and end-of-turn as the chat template has them; the same one if nothing is amiss."""
+    """Return the head with the chat template's begin-of-text and end-of-turn; the same head if both are right."""
     template = head.get("tokenizer.chat_template")
     if template and head.get("tokenizer.ggml.bos_token_id") is not None:
         adds = head.get(ADD_BOS)
-        # Not said: the tokenizer adds none, yet servers differ in what they take for granted.
+        # Not stated: the tokenizer adds none, but the defaults of servers differ.
         if adds is None or (adds and not _begins_with_bos(template, special_tokens(head))):
             head = head.with_value(ADD_BOS, BOOL, False)
     other = [token for token in stop_token_ids if token != head.get("tokenizer.ggml.eos_token_id")]
@@ -28,7 +28,7 @@ def corrected(head: Head, stop_token_ids: list[int]) -> Head:
 
 
 def special_tokens(head: Head) -> dict[str, str]:
-    """The texts that a chat template may ask for: bos_token, eos_token, unk_token, pad_token."""
+    """Return the texts that a chat template may ask for: bos_token, eos_token, unk_token, pad_token."""
     tokens = head.get("tokenizer.ggml.tokens", [])
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {name: head.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
@@ -36,7 +36,7 @@ def special_tokens(head: Head) -> dict[str, str]:
 
 
 def adds_bos(head: Head) -> bool:
-    """Whether a server puts the begin-of-text token before every prompt itself."""
+    """Return whether a server puts the begin-of-text token before every prompt itself."""
     return head.get("tokenizer.ggml.bos_token_id") is not None and head.get(ADD_BOS, True)
 
 
@@ -45,5 +45,5 @@ def _begins_with_bos(template: str, specials: dict[str, str]) -> bool:
 
     try:
         return render_jinja(template, [{"role": "user", "content": "x"}], specials).startswith(specials["bos_token"])
-    except TemplateError:  # no template for plain conversations: leave the tokenizer's word
+    except TemplateError:  # a template that refuses plain conversations: keep the tokenizer's value
         return True

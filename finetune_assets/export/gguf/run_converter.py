@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter so that it writes its file in the form of gguf_form: the main program of a child process.
+"""Main program of a child process: runs llama.cpp's converter so that it writes its file in the form of `form`.
 
 usage: python run_converter.py STOP_TOKEN_IDS SCRIPT [ARGUMENT...]
 
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def arrange(writer: Any, stop_token_ids: list[int]) -> None:
-    """Put the metadata and tensors that a GGUFWriter holds for one file in order, and correct the metadata."""
+    """Sort the metadata and tensors that a GGUFWriter holds for one file, and correct the metadata."""
     from finetune_assets.export.gguf.chat_metadata import corrected
     from finetune_assets.export.gguf.form import metadata_in_form, place
     from finetune_assets.models.formats.gguf import Head
