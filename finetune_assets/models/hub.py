@@ -1,4 +1,4 @@
-"""Base models from a Hugging Face hub: pinned to a commit, fetched into the hub's own cache, failures explained."""
+"""Downloads of base models from a Hugging Face hub, pinned to a commit, into the hub's own cache."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune_assets.machine.disk import disk_trouble
 from finetune_assets.reporting.causes import causes
 from finetune_assets.reporting.errors import FinetuneError, StepFailed
-from finetune_assets.reporting.events import Message, Progress, message
+from finetune_assets.reporting.events import Progress, message
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-TELL_EVERY = 5.0  # seconds between two messages of how far it is
+REPORT_EVERY = 5.0  # seconds between two messages about the bytes received
 TOKEN_HINT = "check model.model_name_or_path and model.model_revision; a private model needs HF_TOKEN"
 
 
 @dataclass(frozen=True)
 class Announced:
-    """What a hub says of a model before it is fetched.
+    """The size of a model, as a hub reports it before the download.
 
     Args:
-        bytes: the size of the files that are wanted.
-        missing: the same of those that are not in the cache yet.
-        weights: elements by dtype (safetensors' names); empty where the hub does not know.
-        cache: the folder that they are fetched into.
+        bytes: size of the files to fetch.
+        missing: size of those files that are not in the cache yet.
+        weights: elements by dtype (safetensors' names); empty if the hub does not know.
+        cache: the folder that receives the files.
     """
 
     bytes: int
@@ -39,24 +40,24 @@ class Announced:
 
 
 def announced(repo_id: str, revision: str, wanted: Callable[[str], bool]) -> Announced | None:
-    """The size of a model on the hub, or None if the hub does not say: whoever then fetches it hears why."""
+    """Return the size of a model on the hub; None if the hub does not report it: the download will explain why."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     try:
         info = HfApi().model_info(
             repo_id, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
-    except Exception:  # also whatever the hub's HTTP library of the day raises
+    except Exception:  # also any error of the hub's HTTP library
         return None
     files = {
         file.rfilename: file.size or 0
         for file in info.siblings or []
         if "/" not in file.rfilename and wanted(file.rfilename)
     }
-    there = [name for name in files if isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)]
+    cached = [name for name in files if isinstance(try_to_load_from_cache(repo_id, name, revision=info.sha), str)]
     return Announced(
         bytes=sum(files.values()),
-        missing=sum(files.values()) - sum(files[name] for name in there),
+        missing=sum(files.values()) - sum(files[name] for name in cached),
         weights=Counter(info.safetensors.parameters if info.safetensors else {}),
         cache=Path(constants.HF_HUB_CACHE),
     )
@@ -69,48 +70,71 @@ def download(
     but: Sequence[str],
     progress: Progress,
 ) -> tuple[Path, str]:
-    """The folder in the hub's cache that holds a model's files, and the commit that the revision stands for.
+    """Download a model; return its folder in the hub's cache, and the commit of the revision.
 
-    Folders inside the repository are left out: they hold the model in other formats. Files that are in the cache are
-    not fetched again, so a download that was interrupted goes on with the next file; a connection lost in the middle
-    of a file is taken up where it broke. With a commit as revision and all files in the cache, no network is needed.
+    Folders inside the repository are left out: they hold the model in other formats. Files in the cache are not
+    fetched again, so an interrupted download continues. A file whose connection broke continues where it broke.
+    With a commit as revision and all files in the cache, no network is needed.
 
     Args:
-        patterns: the names of the files to fetch.
-        but: and those, among them, of files to leave out.
+        patterns: names of the files to fetch.
+        but: names among them to leave out.
 
     Raises:
-        StepFailed: the files cannot be had.
+        StepFailed: the files cannot be downloaded.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, snapshot_download
 
     try:
         commit = revision
         if not COMMIT.fullmatch(revision):
-            # without a timeout the library waits for ever
+            # without a timeout the library never gives up
             commit = HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
             assert commit is not None
-        what = f"{repo_id} at {commit}"
-        progress(message(f"downloading {what}"))
-        return _snapshot(repo_id, commit, patterns, but, lambda so_far: progress(_message(what, so_far))), commit
-    except Exception as error:  # also whatever the hub's HTTP library of the day raises
+        text = f"downloading {repo_id} at {commit}"
+        progress(message(text))
+        fetch = partial(
+            snapshot_download,
+            repo_id,
+            revision=commit,
+            allow_patterns=list(patterns),
+            ignore_patterns=["*/*", *but],
+        )
+        return _run(fetch, lambda count: progress(message(f"{text}: {count / 1e6:.0f} MB so far"))), commit
+    except Exception as error:  # also any error of the hub's HTTP library
         raise _explained(error, f"{repo_id} (revision {revision})") from error
 
 
-def _snapshot(
-    repo_id: str, commit: str, patterns: Sequence[str], but: Sequence[str], tell: Callable[[int], None]
-) -> Path:
-    """Download in threads of their own, and tell this one's caller the bytes so far every now and then.
+def _run(fetch: Callable[..., str], report: Callable[[int], None]) -> Path:
+    """Run a download in a thread, and report the bytes received every few seconds.
 
-    The library would finish the files at hand before it lets an interrupt through; here they end with the next piece.
+    The library would finish its current files before it reacts to an interrupt; here they end with the next piece.
     """
-    from huggingface_hub import snapshot_download
+    counts: dict[int, int] = {}
+    stop = threading.Event()
+    bar = _byte_counter(counts, stop)
+    result: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(fetch(tqdm_class=bar))
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while wait([result], REPORT_EVERY).not_done:
+            report(max(list(counts.values()), default=0))  # a copy: other threads add to it
+    finally:
+        stop.set()
+    return Path(result.result())
+
+
+def _byte_counter(counts: dict[int, int], stop: threading.Event) -> type:
+    """Return a class of progress bars that count bytes by bar, and end the download once `stop` is set."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    stop = threading.Event()
-    counts: dict[int, int] = {}
-
-    class Received(tqdm):
+    class ByteCounter(tqdm):
         """What the library takes for progress bars: of files, of bytes received and of bytes written."""
 
         def __init__(self, *args: Any, **options: Any):
@@ -124,40 +148,15 @@ def _snapshot(
                 counts[id(self)] = counts.get(id(self), 0) + int(n or 0)
             return super().update(n)
 
-    result: Future[str] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(
-                snapshot_download(
-                    repo_id,
-                    revision=commit,
-                    allow_patterns=list(patterns),
-                    ignore_patterns=["*/*", *but],
-                    tqdm_class=Received,
-                )
-            )
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while wait([result], TELL_EVERY).not_done:
-            tell(max(list(counts.values()), default=0))  # a copy: other threads add to it
-    finally:
-        stop.set()
-    return Path(result.result())
-
-
-def _message(what: str, so_far: int) -> Message:
-    return message(f"downloading {what}: {so_far / 1e6:.0f} MB so far")
+    return ByteCounter
 
 
 def _explained(error: Exception, name: str) -> FinetuneError:
+    """Return an error that says why a download failed and what to do."""
     from huggingface_hub import constants, errors
 
     full = disk_trouble(error, Path(constants.HF_HUB_CACHE), setting="HF_HOME")
-    # errors of the system have a number; those that the hub's library makes of anything else have none
+    # errors of the system have a number; those that the hub's library raises instead of others have none
     if full is not None and (not isinstance(error, OSError) or error.errno is not None):
         return full
     for cause in causes(error):
@@ -169,24 +168,24 @@ def _explained(error: Exception, name: str) -> FinetuneError:
             case errors.HfHubHTTPError():
                 status = cause.response.status_code
                 return StepFailed(
-                    f"base model {name} cannot be had: {constants.ENDPOINT} answers {status}",
+                    f"cannot download base model {name}: {constants.ENDPOINT} returned HTTP {status}",
                     "there is no such model, or HF_TOKEN is not set, wrong, or may not read it"
                     if status in (401, 403)
-                    else "try again later, or set HF_ENDPOINT to a mirror",
+                    else "retry later, or set HF_ENDPOINT to a mirror",
                 )
             case errors.HFValidationError():
-                return StepFailed(f"base model {name} cannot be had: {cause}", "check model.model_name_or_path")
+                return StepFailed(f"cannot download base model {name}: {cause}", "check model.model_name_or_path")
             case errors.OfflineModeIsEnabled():
                 return StepFailed(
-                    f"base model {name} cannot be had: HF_HUB_OFFLINE is set",
+                    f"cannot download base model {name}: HF_HUB_OFFLINE is set",
                     "unset it, or give a commit that is in the cache as model.model_revision",
                 )
             case errors.FileMetadataError() | ValueError():
                 return StepFailed(
-                    f"base model {name} cannot be had: {constants.ENDPOINT} does not answer as a hub does",
+                    f"cannot download base model {name}: {constants.ENDPOINT} does not respond like a model hub",
                     "check HF_ENDPOINT, and whether this network asks for a login or a proxy",
                 )
     return StepFailed(
-        f"base model {name} cannot be had: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
+        f"cannot download base model {name}: {constants.ENDPOINT} is not reachable ({type(error).__name__})",
         "check the network, set HF_ENDPOINT to a mirror, or give a local folder as model.model_name_or_path",
     )

@@ -1,4 +1,4 @@
-"""Base models: a wheel, a folder, a hub; what is copied, what is refused, and what is said when it cannot be had."""
+"""Base models: a wheel, a folder, a hub; what is copied, what is refused, and how a failed download is explained."""
 
 from __future__ import annotations
 
@@ -160,7 +160,10 @@ def test_a_hub_that_cannot_be_reached_is_named_with_what_to_do(tmp_path: Path):
         timeout=120,
     )
     assert done.returncode == 1, done.stderr
-    assert "someone/some-model (revision main) cannot be had: http://127.0.0.1:9 is not reachable" in done.stdout
+    assert (
+        "cannot download base model someone/some-model (revision main): http://127.0.0.1:9 is not reachable"
+        in done.stdout
+    )
     assert "HF_ENDPOINT" in done.stdout
     assert "hf_very_secret" not in done.stdout + done.stderr
 
