@@ -49,7 +49,7 @@ class Encoded:
 
 
 def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja text that the recipe's `model.template` stands for.
+    """Return the Jinja text that the recipe's `model.template` names.
 
     Args:
         name: auto (the tokenizer's own), or one of `TEMPLATES`.
@@ -80,7 +80,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def with_system(messages: Sequence[Mapping[str, str]], default_system: str | None) -> list[dict[str, str]]:
-    """The messages, with `default_system` in front where they bring no system message (none when it is empty)."""
+    """Return the messages, with `default_system` in front if they bring no system message (none when empty)."""
     own = [dict(message) for message in messages]
     if default_system and not (own and own[0]["role"] == "system"):
         return [{"role": "system", "content": default_system}, *own]
@@ -88,7 +88,7 @@ def with_system(messages: Sequence[Mapping[str, str]], default_system: str | Non
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """The ids at which generation ends: the template's end-of-turn token, then the tokenizer's eos if it differs.
+    """Return the ids at which generation ends: the template's end-of-turn token, then the eos token if different.
 
     Raises:
         BadInput: the template ends an assistant turn without a special token, so that a model trained with it
@@ -140,7 +140,7 @@ def encode_row(
     train_on_prompt: bool = False,
     mask_history: bool = False,
 ) -> Encoded:
-    """One conversation as ids and labels. The ids are those of the whole rendered conversation.
+    """Encode a conversation as ids and labels. The ids are those of the whole rendered conversation.
 
     A row longer than `cutoff_len` loses its end. What remains of a cut answer is learnt as it is: no end-of-turn
     token is put where the answer does not end.
@@ -184,7 +184,7 @@ def _boundary(
     *,
     prompt: bool = False,
 ) -> int:
-    """How many of `input_ids` the first `count` turns take up (with the next answer's header if `prompt`).
+    """Count the `input_ids` of the first `count` turns (with the next answer's header if `prompt`).
 
     Where a token spans the boundary (a header's last line break and an answer's first, say), it counts as the later
     part's: the ids stay those of the whole text.
@@ -211,7 +211,7 @@ def _render(
     prompt: bool = False,
     template: str | None = None,
 ) -> str:
-    """The conversation as the template writes it.
+    """Render a conversation by the template.
 
     Raises:
         BadInput: the template is not valid Jinja, or refuses the conversation (some know no system role, say).

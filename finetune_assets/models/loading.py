@@ -40,9 +40,9 @@ class Chat:
 
 
 def load_chat(folder: Path, *, template: str = "auto", trust_remote_code: bool = False) -> Chat:
-    """Tokenizer and chat settings of a base model, adapter or merged model folder.
+    """Load the tokenizer and chat settings of a base model, adapter or merged model folder.
 
-    chat.json decides where there is one; a base model without it is talked to by its tokenizer's own template.
+    chat.json decides if the folder has one; a base model without it uses its tokenizer's own template.
 
     Args:
         template: for a base model that has none of its own (see `chat.template.resolve_template`).
@@ -70,7 +70,7 @@ def load_chat(folder: Path, *, template: str = "auto", trust_remote_code: bool =
 
 
 def load_network(folder: Path, dtype: Any, *, trust_remote_code: bool = False) -> Any:
-    """The language model of a Hugging Face folder, from safetensors only.
+    """Load the language model of a Hugging Face folder, from safetensors only.
 
     Args:
         dtype: a torch.dtype, or "auto" for that of the configuration.
@@ -108,7 +108,7 @@ def load_network(folder: Path, dtype: Any, *, trust_remote_code: bool = False) -
 
 
 def load_model(base: Path, adapter: Path | None, device: Device, *, trust_remote_code: bool = False) -> Any:
-    """The model on the device, ready to answer; a `PeftModel` if there is an adapter. Weights from safetensors only.
+    """Load a model onto a device, from safetensors only; return a `PeftModel` if there is an adapter.
 
     Raises:
         StepFailed: base or adapter cannot be loaded.
@@ -132,14 +132,14 @@ def load_model(base: Path, adapter: Path | None, device: Device, *, trust_remote
 
 
 def context_length(model: Any) -> int | None:
-    """Most tokens (prompt and answer) that the model can attend to; None when its configuration does not say."""
+    """Return the most tokens (prompt and answer) that the model can attend to; None if its configuration lacks it."""
     config = model.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 def suited(device: Device, merged: Path) -> Device:
-    """The device in the best precision in which the merged model fits its memory, float32 if it can be."""
+    """Return the device with the best precision in which the merged model fits its memory, float32 if possible."""
     with Checkpoint(merged) as checkpoint:
         specs = [checkpoint.spec(name) for name in checkpoint]
     weights: Counter[str] = Counter()
