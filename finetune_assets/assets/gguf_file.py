@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from finetune_assets.lineage.nodes.gguf_file import kept_figures, kept_files
 from finetune_assets.models import base_model
 from finetune_assets.recipe.gguf_types import IMATRIX_TYPES
 from finetune_assets.reporting.events import message
+from finetune_assets.reporting.pictures import embedded
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
@@ -127,8 +127,7 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     if "imatrix" in artifact.metrics:
         page["weights weighed by"] = table([_matrix_row(artifact.metrics["imatrix"])])
     if (artifact.path / PICTURE).is_file():
-        picture = base64.b64encode((artifact.path / PICTURE).read_bytes()).decode()
-        page["size and divergence"] = dg.MetadataValue.md(f"![size and KL](data:image/png;base64,{picture})")
+        page["size and divergence"] = dg.MetadataValue.md(embedded(artifact.path / PICTURE, "size and KL"))
     return page
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 
 import dagster as dg
@@ -12,6 +11,7 @@ from finetune_assets.chat.template_limits import prove_folder
 from finetune_assets.data.rows import read_split
 from finetune_assets.export.preflight.exportable import check_exportable
 from finetune_assets.lineage.materialise import Step
+from finetune_assets.reporting.pictures import embedded
 from finetune_assets.store.artifact import Artifact, Made
 from resources.gpu import POOL
 
@@ -60,10 +60,9 @@ def build(step: Step) -> Made:
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
-    picture = base64.b64encode((artifact.path / "loss.png").read_bytes()).decode()
     facts = artifact.metrics
     return {
-        "loss curve": dg.MetadataValue.md(f"![loss curve](data:image/png;base64,{picture})"),
+        "loss curve": dg.MetadataValue.md(embedded(artifact.path / "loss.png", "loss curve")),
         **{title: figure(facts[key]) for title, key in FIGURES.items() if facts.get(key) is not None},
     }
 

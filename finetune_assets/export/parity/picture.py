@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from finetune_assets.reporting.pictures import blank, save
+
 LEAST = 1e-7  # nats: a type that cannot be told from the merged model stands here on the logarithmic scale
 
 
@@ -14,13 +16,7 @@ def draw(path: Path, types: Mapping[str, tuple[int, float]]) -> None:
     Args:
         types: GGUF type -> (bytes of its file, mean KL divergence from the merged model in nats per token).
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas by hand, not pyplot: no global state, no window system, safe beside other threads.
-    figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = blank()
     by_size = sorted(types.items(), key=lambda entry: (entry[1], entry[0]))
     sizes = [size / 1e6 for _, (size, _) in by_size]
     divergences = [max(kl, LEAST) for _, (_, kl) in by_size]
@@ -34,4 +30,4 @@ def draw(path: Path, types: Mapping[str, tuple[int, float]]) -> None:
     axes.set_xlabel("size of the file (MB)")
     axes.set_ylabel("mean KL(merged || GGUF), nats per token")
     axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save(figure, path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune_assets.reporting.pictures import blank, save
+
 SMOOTHING = 0.8  # weight of the past in the running mean
 
 
@@ -24,13 +26,7 @@ def draw(path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[t
         losses: (step, training loss in nats per learnt token).
         validation: (step, loss on the validation rows); may be empty.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Figure and canvas by hand, not pyplot: no global state, no window system, safe beside other threads.
-    figure = Figure(figsize=(6.4, 4.0), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = blank()
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
     axes.plot(steps, values, color="#9ecae1", linewidth=1, label="training")
     axes.plot(steps, smooth(values), color="#08519c", linewidth=1.8, label="training, smoothed")
@@ -44,4 +40,4 @@ def draw(path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[t
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    save(figure, path)
