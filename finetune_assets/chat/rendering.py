@@ -17,7 +17,7 @@ def render_jinja(
     generation: bool = True,
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    """The prompt that transformers makes, in its sandbox. jinja2.TemplateError where the template refuses."""
+    """Return the prompt that transformers makes, in its sandbox. jinja2.TemplateError where the template refuses."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

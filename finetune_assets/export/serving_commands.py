@@ -1,7 +1,7 @@
-"""Commands that serve what was made with programs of other people, and ask it something; for people to copy.
+"""Commands that serve artifacts with other programs and send a question, for users to copy.
 
-Ollama's model holds everything the recipe says. llama.cpp's server and vLLM find the chat template and the tokens that
-end an answer in the file or folder; system prompt, further stop texts and sampling go with each request.
+Ollama's model holds everything that the recipe says. llama.cpp's server and vLLM find the chat template and the tokens
+that end an answer in the file or folder. System prompt, further stop texts and sampling go with each request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ THEN = "# and, while that runs, in another terminal:"
 
 
 def commands(asset: str, artifact: Artifact, recipe: Recipe, models: Path) -> list[str]:
-    """Lines for a shell that serve an asset's artifact and ask it something; none for what cannot be served.
+    """Return shell commands that serve an asset's artifact and send a question; none for other assets.
 
     Args:
         models: our own Ollama model store, where it is now.
@@ -51,7 +51,7 @@ def _commands(asset: str, artifact: Artifact, recipe: Recipe, models: Path) -> l
 
 
 def ollama(facts: Mapping[str, Any], models: Path) -> list[str]:
-    """How to talk to what `serving.publish` put in place, in Ollama's own terminal.
+    """Return the commands that open a conversation with what `ollama.publish` published.
 
     Args:
         models: our own Ollama model store, where it is now.
@@ -92,7 +92,7 @@ def _vllm(folder: Path, recipe: Recipe) -> list[str]:
 
 
 def _context(recipe: Recipe, longest: int | None) -> int:
-    """vLLM refuses to start with a longer context than the model's."""
+    """Return the context to serve with: vLLM refuses to start with more than the model's."""
     return min(recipe.ollama.num_ctx, longest or recipe.ollama.num_ctx)
 
 
@@ -102,7 +102,7 @@ def _listening(address: str) -> str:
 
 
 def _request(recipe: Recipe, penalty: str) -> dict[str, Any]:
-    """What a request says beside its messages. `penalty`: the program's word for Ollama's repeat_penalty."""
+    """Return a request without its messages. `penalty`: the program's name for Ollama's repeat_penalty."""
     section = recipe.ollama
     options = {
         "stop": section.stop or None,
@@ -119,7 +119,7 @@ def _system(recipe: Recipe) -> list[dict[str, str]]:
 
 
 def _ask(address: str, request: Mapping[str, Any], opening: list[dict[str, str]]) -> str:
-    """A question to an endpoint that speaks as OpenAI's does."""
+    """Return a request to an endpoint that is compatible with OpenAI's."""
     messages = [*opening, {"role": "user", "content": QUESTION}]
     body = json.dumps({**request, "messages": messages}, ensure_ascii=False)
     return f"curl {address}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}"

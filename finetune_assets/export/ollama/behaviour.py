@@ -1,8 +1,8 @@
-"""How a server serves a model: which template it renders prompts with, what it stores, what it tells.
+"""How a server serves a model: which template renders the prompts, what the server stores, what it reports.
 
-Found by what the server does where it can be told apart, and by its version where it cannot. Servers before 0.30 always
-follow TEMPLATE. Later ones choose between TEMPLATE and the GGUF file's chat template, and return a rendered prompt for
-`_debug_render_only`: conversations that the two render differently show which one it was.
+It is detected by what the server does where that differs, and by the server's version elsewhere. Servers before 0.30
+always follow TEMPLATE. Later ones choose between TEMPLATE and the GGUF file's chat template, and return a rendered
+prompt for `_debug_render_only`. Conversations that the two render differently show which one it was.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def behaviour(
 
 
 def rendered(host: str, name: str, messages: Messages, keep_alive: float | None = None) -> str | None:
-    """The prompt that a server makes of a conversation; None where it does not tell.
+    """Return the prompt that a server renders from a conversation; None if the server does not report it.
 
     A server that does not know `_debug_render_only` answers instead, with one token.
     """
@@ -87,7 +87,7 @@ def rendered(host: str, name: str, messages: Messages, keep_alive: float | None 
 
 
 def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, prompt: str) -> str:
-    """Which of the two templates gives the prompts that the server renders."""
+    """Return which of the two templates gives the prompts that the server renders."""
     told = [(expected.conversation, expected.prompt, prompt)]
     for messages, jinja in expected.probes:
         # what a server refuses to render tells nothing
@@ -103,7 +103,7 @@ def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, p
 
 
 def _predicted(version: str, model: OllamaModel) -> str:
-    """What a server of this version renders the model's prompts with, by its source."""
+    """Return what a server of this version renders the model's prompts with, by its source."""
     head = read_head(model.gguf)
     jinja, architecture = head.get("tokenizer.chat_template"), str(head.get("general.architecture"))
     try:
@@ -121,7 +121,7 @@ def _rendered_or_none(host: str, name: str, messages: Messages) -> str | None:
 
 
 def _by_template(model: OllamaModel, messages: Messages) -> str | None:
-    """What the model's TEMPLATE makes of a conversation; None where it uses more of Go's language than we read."""
+    """Return what the model's TEMPLATE renders; None if it uses more of Go's language than `go_eval` covers."""
     from finetune_assets.export.ollama.template.derive import go_data
     from finetune_assets.export.ollama.template.go_eval import render
 

@@ -48,14 +48,14 @@ def create(
     retired: Mapping[str, str] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Made]:
-    """Make models of one base name on the server; by name.
+    """Make models of one base name on the server, and return them by name.
 
     Each is created and checked under a staging tag of its own; only when all are good do the production tags move.
 
     Args:
         expected: what llama.cpp answers with each model, by name.
         retired: models to take away when all is done, if they are still what is named here: name -> digest.
-        progress: told each stage, and how far the sending of weights has come.
+        progress: receives each stage, and the progress of sending the weights.
 
     Raises:
         StepFailed: the server fails, or serves something else than was asked for; what it served before stays.
@@ -126,7 +126,7 @@ def _explained(host: str, base: str, moved: Sequence[str]) -> Iterator[None]:
     except (ResponseError, RequestError) as error:
         raise StepFailed(
             f"the Ollama server at {host} refused {base}: {error}",
-            f"{_state(moved)}; put its trouble right (its log says more), and run again",
+            f"{_state(moved)}; fix the server (see its log), then run again",
         ) from error
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise StepFailed(
@@ -136,7 +136,7 @@ def _explained(host: str, base: str, moved: Sequence[str]) -> Iterator[None]:
 
 
 def _state(moved: Sequence[str]) -> str:
-    """What the server serves after a failure."""
+    """Return what the server serves after a failure."""
     if moved:
         return f"it serves the new {', '.join(moved)}, and no other of the new models"
     return "what it served before is unchanged"
@@ -167,7 +167,7 @@ def _remove(client: Client, names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _swept_at_the_end(client: Client, host: str, prefix: str) -> Iterator[None]:
-    """Whatever happens, no staging tag is left, not even one of a run that was killed."""
+    """Delete all staging tags at the end, whatever happens, including those of a run that was killed."""
     import httpx
     from ollama import ResponseError
 

@@ -1,4 +1,4 @@
-"""What llama.cpp makes of a question with a GGUF file: what a server that serves the file is held against.
+"""The answer of llama.cpp to a question with a GGUF file, against which a server of the file is checked.
 
 Ollama brings a llama.cpp of its own, of another version or with kernels of its own, and computes the same model with
 other rounding: where two tokens are nearly as likely, the two may choose differently, and go on differently. So the
@@ -103,7 +103,7 @@ def expected(model: OllamaModel) -> Expected:
 
 
 def _rendered(engine: ProbeEngine, said: Messages) -> tuple[tuple[Messages, str], ...]:
-    """The conversations of `PROBES` that the chat template renders, behind the served system message."""
+    """Return the conversations of `PROBES` that the chat template renders, behind the served system message."""
     found: list[tuple[Messages, str]] = []
     for probe in PROBES:
         messages = [*said, *probe]
@@ -132,7 +132,7 @@ def _follow(
 
 
 def _letter(head: Head) -> int:
-    """A token that is a letter, whatever comes before it."""
+    """Return a token that is a letter, whatever comes before it."""
     tokens = head.get("tokenizer.ggml.tokens", [])
     for letter in "aeiotns":
         if letter in tokens:

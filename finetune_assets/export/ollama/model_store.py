@@ -60,8 +60,8 @@ def write(models_dir: Path, models: Sequence[OllamaModel]) -> dict[str, Publishe
     The weights are a hard link where the file system allows, else a copy, whose bytes are checked on the way.
 
     Raises:
-        StepFailed: a file is no GGUF file, or not the one on record.
-        BadInput: a name is no model name.
+        StepFailed: a file is not a GGUF file, or not the one on record.
+        BadInput: a name is not a model name.
     """
     places = {model.name: manifest_path(models_dir, model.name) for model in models}
     (models_dir / "blobs").mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def remove(models_dir: Path, name: str) -> None:
 
 
 def contents(model: OllamaModel) -> dict[str, list[bytes]]:
-    """The bytes of a model's layers, by kind, in the order of its manifest; of the weights none: they are a file."""
+    """Return the bytes of a model's layers except the weights, by kind, in the order of its manifest."""
     texts = [("template", model.template), ("system", model.system or ""), *(("license", x) for x in model.licenses)]
     found: dict[str, list[bytes]] = {}
     for kind, text in texts:
@@ -92,7 +92,7 @@ def contents(model: OllamaModel) -> dict[str, list[bytes]]:
 
 
 def read(models_dir: Path, name: str) -> str | None:
-    """The digest of a published model, or None where it is not there or one of its blobs is missing or cut short."""
+    """Return the digest of a published model; None if it is not there, or a blob of it is missing or cut short."""
     try:
         manifest = manifest_path(models_dir, name).read_bytes()
         described = json.loads(manifest)
@@ -105,24 +105,24 @@ def read(models_dir: Path, name: str) -> str | None:
 
 
 def blob_path(models_dir: Path, digest: str) -> Path:
-    """Where the blob of a digest ("sha256:HEX") lies."""
+    """Return where the blob of a digest ("sha256:HEX") lies."""
     return models_dir / "blobs" / digest.replace(":", "-")
 
 
 def lock(models_dir: Path) -> FileLock:
-    """The lock, not yet taken, of whoever writes a model or removes blobs: new blobs have no manifest yet."""
+    """Return the lock, not yet taken, for writing models and removing blobs: new blobs have no manifest yet."""
     from filelock import FileLock
 
     return FileLock(models_dir / ".lock")
 
 
 def digests(models_dir: Path) -> set[str]:
-    """The digests of all models in the store."""
+    """Return the digests of all models in the store."""
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in _manifests(models_dir)}
 
 
 def unreferenced(models_dir: Path) -> list[Path]:
-    """Blobs that no manifest names, and what killed writers left. Ask with the lock held."""
+    """Return blobs that no manifest names, and what killed writers left. Ask with the lock held."""
     blobs, named = models_dir / "blobs", set()
     for path in _manifests(models_dir):
         named |= {f"sha256-{found.decode()}" for found in re.findall(rb"sha256[:-]([0-9a-f]{64})", path.read_bytes())}
@@ -133,24 +133,24 @@ def unreferenced(models_dir: Path) -> list[Path]:
 
 
 def manifest_path(models_dir: Path, name: str) -> Path:
-    """Where a model's manifest lies. BadInput for what is no model name."""
+    """Return where a model's manifest is. BadInput if the name is not a model name."""
     path, _, tag = name.partition(":")
     parts = path.split("/")
     if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"\w[\w.-]*", part) for part in [*parts, tag or "latest"]):
-        raise BadInput(f"{name!r} is no Ollama model name", "write it like model, namespace/model or model:tag")
+        raise BadInput(f"{name!r} is not an Ollama model name", "write it like model, namespace/model or model:tag")
     defaults = ["registry.ollama.ai", "library"]
     return Path(models_dir, "manifests", *defaults[: 3 - len(parts)], *parts, tag or "latest")
 
 
 def layers_of(manifest: Mapping[str, Any]) -> tuple[Layer, ...]:
-    """The layers that a manifest names."""
+    """Return the layers that a manifest names."""
     return tuple(
         Layer(layer["mediaType"].removeprefix(IMAGE), layer["digest"], layer["size"]) for layer in manifest["layers"]
     )
 
 
 def go_json(value: Any) -> bytes:
-    """JSON as Go's encoder writes it: no spaces, some characters escaped, a newline at the end."""
+    """Return JSON as Go's encoder writes it: no spaces, some characters escaped, a newline at the end."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -158,7 +158,7 @@ def go_json(value: Any) -> bytes:
 
 
 def human_number(count: int) -> str:
-    """A number of weights as Ollama abbreviates it: 134.52M, 8B, 8.0B."""
+    """Return a number of weights as Ollama abbreviates it: 134.52M, 8B, 8.0B."""
     if count >= 10**9:
         return f"{count / 1e9:.0f}B" if count % 10**9 == 0 else f"{count / 1e9:.1f}B"
     if count >= 10**6:
@@ -172,13 +172,13 @@ def _manifests(models_dir: Path) -> list[Path]:
 
 
 def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Sorted by name, whole numbers without a decimal point: as Go writes a map."""
+    """Sort by name, and make whole floats integers: as Go writes a map."""
     whole = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in parameters.items()}
     return dict(sorted(whole.items()))
 
 
 def _fill(models_dir: Path, model: OllamaModel) -> bytes:
-    """Put a model's blobs in place; its manifest."""
+    """Write a model's blobs, and return its manifest."""
     head = read_head(model.gguf)
     layers = [_entry(IMAGE + "model", *_link(models_dir, model.gguf, model.sha256))]
     for kind, blobs in contents(model).items():

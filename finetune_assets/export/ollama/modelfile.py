@@ -38,7 +38,7 @@ class OllamaModel:
 
 
 def parameters(section: OllamaSection, chat_stop: Sequence[str]) -> dict[str, Any]:
-    """The PARAMETERs of a served model: stop texts of its chat template and of the recipe, and the recipe's options."""
+    """Return the PARAMETERs of a served model: stop texts of chat template and recipe, and the recipe's options."""
     options = {
         # A batch (512 by default) larger than the context ends Ollama 0.9's runner with an assertion.
         "num_batch": section.num_ctx if section.num_ctx < BATCH else None,
@@ -53,7 +53,7 @@ def parameters(section: OllamaSection, chat_stop: Sequence[str]) -> dict[str, An
 
 
 def modelfile(model: OllamaModel) -> str:
-    """A Modelfile that `ollama create -f` reads. A text that none can hold is left out, and a comment says so."""
+    """Return a Modelfile that `ollama create -f` reads. A text that it cannot hold is replaced by a comment."""
     texts = [("TEMPLATE", model.template), *([("SYSTEM", model.system)] if model.system else [])]
     lines = [f"FROM {model.gguf}", *(_instruction(key, text) for key, text in texts)]
     for key, value in sorted(model.parameters.items()):
@@ -71,7 +71,7 @@ def _instruction(key: str, value: Any) -> str:
 
 
 def _beyond_modelfiles(text: str) -> str | None:
-    """What in a text Ollama's parser of Modelfiles would change; it knows no escapes."""
+    """Return what in a text Ollama's parser of Modelfiles would change; it knows no escapes."""
     # it ends a quoted value at the first line that ends in its quotes, trailing white space aside
     if any(line.rstrip().endswith('"""') for line in text.replace("\r", "\n").split("\n")[:-1]):
         return 'a line that ends in """'

@@ -1,6 +1,6 @@
-"""GGUF files become Ollama models: on the server that answers, else in a model store of our own.
+"""Publication of GGUF files as Ollama models: on the server that answers, else in the project's own model store.
 
-A server started with that store as its OLLAMA_MODELS serves it as it is.
+A server with that store as its OLLAMA_MODELS can use it directly.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def publish(
 
 
 def recorded(facts: Mapping[str, Any], folder: Path) -> dict[str, OllamaModel]:
-    """The models that facts on record speak of, by name; their weights lie in `folder`.
+    """Return the models that facts on record speak of, by name; their weights lie in `folder`.
 
     Raises:
         StepFailed: the facts are an earlier release's, which recorded less.
@@ -150,7 +150,7 @@ def serve(
 
 
 def place_of(facts: Mapping[str, Any], models: Path) -> str:
-    """The host or folder that models are served from now. An earlier release recorded the folder of its day.
+    """Return the host or folder that models are served from now. An earlier release recorded the folder of its day.
 
     Args:
         facts: as `publish` returned them.
@@ -160,15 +160,15 @@ def place_of(facts: Mapping[str, Any], models: Path) -> str:
 
 
 def digests_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Name with its tag -> digest on record; an earlier release recorded that of the plain name alone."""
+    """Return the digests on record, by name with its tag; an earlier release recorded that of the plain name alone."""
     return facts.get("digests") or ({f"{facts['name']}:latest": facts["digest"]} if "digest" in facts else {})
 
 
 def served_digests(name: str, models: Path) -> set[str]:
-    """The digests under which a model of this name is served now: by the server that answers, and by our own store.
+    """Return the digests that a name has now: on the server that answers, and in our own store.
 
     Raises:
-        StepFailed: something answers that is no Ollama server.
+        StepFailed: something answers that is not an Ollama server.
         OSError: the server answers no longer.
     """
     host = ollama_server.configured_host()
@@ -177,7 +177,7 @@ def served_digests(name: str, models: Path) -> set[str]:
 
 
 def unused_blobs(models: Path) -> list[Path]:
-    """Files in our own store that belong to no model, to be removed with the store's lock held.
+    """Return files in our own store that belong to no model, to be removed with the store's lock held.
 
     Raises:
         StepFailed: a running server may be using the store; it may just be taking in a model.
@@ -193,7 +193,7 @@ def unused_blobs(models: Path) -> list[Path]:
 
 
 def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
-    """Why models that `publish` put in place are not what would be served now, or None if they are.
+    """Return why models that `publish` put in place are not what would be served now, or None if they are.
 
     Args:
         facts: what `publish` returned.
@@ -215,5 +215,5 @@ def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
 
 
 def _plain(name: str) -> str:
-    """A name as people type it."""
+    """Return a name as people type it."""
     return name.removesuffix(":latest")

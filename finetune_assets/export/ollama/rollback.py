@@ -77,7 +77,7 @@ def _chosen(store: ArtifactStore, recipe: str, to: str | None) -> Artifact:
 
 
 def weights_of(store: ArtifactStore, recipe: str, target: Artifact) -> Path:
-    """The folder of the GGUF files that an ollama_model is made of.
+    """Return the folder of the GGUF files that an ollama_model is made of.
 
     Raises:
         StepFailed: they are gone, or damaged.

@@ -1,4 +1,4 @@
-"""What is served, held against what was made: named checks of a model on a server, or in our own store."""
+"""Named checks that a model on a server, or in our own store, is what was made."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Check:
 
 
 def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None = None) -> list[Check]:
-    """A server's own account of a model (its /api/show): weights, template, system message, stops, parameters.
+    """Check a server's own account of a model (its /api/show): weights, template, system message, parameters.
 
     Args:
         weights: what was found of them; None: their digest has to be the file's.
@@ -58,7 +58,7 @@ def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None 
 
 
 def weights(host: str, version: str, name: str, shown: Mapping[str, Any], model: OllamaModel) -> Check:
-    """The weights that a server holds: of the digest on record, or else of the same content. OSError if it is gone."""
+    """Check the weights on a server: the digest on record, or else the same content. OSError if the server is gone."""
     if ollama_weights.source_of(shown) == model.sha256:
         return Check("weights", True, "as on record")
     same, found = ollama_weights.compare_content(host, name, shown, model.gguf, model.sha256, version)
@@ -73,7 +73,7 @@ def answered(
     *,
     keep_alive: float | None = None,
 ) -> list[Check]:
-    """What a server reads and says when it is asked, and whether it stops.
+    """Check the prompt that a server reads, its answer, and whether it stops.
 
     Args:
         behaviour: how the server serves the model, as far as it is known.
@@ -92,7 +92,7 @@ def answered(
 
 
 def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | None = None) -> list[Check]:
-    """A server's answer, in greedy decoding, against llama.cpp's."""
+    """Compare a server's answer, in greedy decoding, with llama.cpp's."""
     said, wanted = _said(answer.message, expected.text)
     checks = [*_prompt(answer.prompt_eval_count, expected, behaviour), *_first_distribution(answer, expected)]
     if expected.tokens == 0:
@@ -108,7 +108,7 @@ def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | Non
 
 
 def _said(message: Message, wanted: str) -> tuple[str, str]:
-    """What a server says and what it should say; one that tells thoughts apart leaves out their marks."""
+    """Return what a server says and what it should say; one that tells thoughts apart leaves out their marks."""
     content = message.content or ""
     if not message.thinking:
         return content, wanted
@@ -116,7 +116,7 @@ def _said(message: Message, wanted: str) -> tuple[str, str]:
 
 
 def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -> list[Check]:
-    """The text that a server makes of the question, where it tells, and how many tokens it reads."""
+    """Compare the rendered prompt, if the server reports it, and its number of tokens."""
     rendered, wanted = behaviour.prompt if behaviour else None, expected.prompt_tokens
     texts = [] if rendered is None else [_same_text("prompt", rendered, expected.prompt)]
     if read == expected.prompt_tokens:
@@ -134,7 +134,7 @@ def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -
 
 
 def _first_distribution(answer: ChatResponse, expected: Expected) -> list[Check]:
-    """How likely the server finds each first token, where it tells, against llama.cpp."""
+    """Compare the distribution of the first token, if the server reports it."""
     if not answer.logprobs or not expected.first:
         return []
     told = {entry.token: math.exp(entry.logprob) for entry in answer.logprobs[0].top_logprobs or []}
@@ -151,7 +151,7 @@ def _same_text(name: str, got: str, wanted: str) -> Check:
 
 
 def in_store(models: Path, model: OllamaModel, digest: str) -> list[Check]:
-    """A model in our own store: its manifest, and every blob by its content."""
+    """Check a model in our own store: its manifest, and the content of every blob."""
     place = ollama_store.manifest_path(models, model.name)
     try:
         manifest = place.read_bytes()
@@ -198,7 +198,7 @@ def _short(value: Any) -> str:
 
 
 def _read_parameters(text: str) -> dict[str, list[Any]]:
-    """The parameters that a server shows: on each line a name, spaces, and a value as Go writes it."""
+    """Return the parameters that a server shows: on each line a name, spaces, and a value as Go writes it."""
     found: dict[str, list[Any]] = {}
     for line in text.splitlines():
         key, value = line.split(None, 1)
@@ -208,7 +208,7 @@ def _read_parameters(text: str) -> dict[str, list[Any]]:
 
 
 def _number(value: Any) -> Any:
-    """A number, whichever way it is written."""
+    """Return a number, whichever way it is written."""
     try:
         return float(value)
     except (TypeError, ValueError):

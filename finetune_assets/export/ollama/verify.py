@@ -1,4 +1,4 @@
-"""Whether what is served now is what was made: looked at again, name by name, where it was put."""
+"""The check that what is served now is what was made, for each name and where it was published."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PATIENCE = 600.0  # seconds for an answer: a busy CPU server takes its time to l
 
 
 def verify(recipe: str, project: Project, store: ArtifactStore, progress: Progress) -> dict[str, list[Check]]:
-    """Check what was put in place last: in our own store if it went there, and on the server if one answers.
+    """Check what was published last: in our own store if it is there, and on the server if one answers.
 
     Of the artifacts and of our own store every byte is read again. A server is asked for its account of each model, and
     a question, whose answer llama.cpp gives, too.
@@ -72,7 +72,7 @@ def _whole(name: str, fingerprint: str, artifact: Artifact | None) -> Check:
 
 
 def _on_server(host: str, version: str, model: OllamaModel, record: Mapping[str, Any], *, ask: bool) -> list[Check]:
-    """All that is checked before a model takes over.
+    """Run all checks that a model passes before it takes over.
 
     Args:
         record: how it was served when it was put there.
@@ -98,7 +98,7 @@ def _on_server(host: str, version: str, model: OllamaModel, record: Mapping[str,
 
 
 def _weights(host: str, version: str, shown: Mapping[str, Any], model: OllamaModel, record: Mapping[str, Any]) -> Check:
-    """The weights, and whether a server's own copy of them is the one that it made when the model was put there."""
+    """Check the weights, and that a server's own copy is the one from when the model was published."""
     check = ollama_checks.weights(host, version, model.name, shown, model)
     digest, made = source_of(shown), record.get("weights")
     if check.ok and made is not None and digest not in (made, model.sha256):

@@ -1,6 +1,6 @@
-"""Whether a server holds the weights that it was given: the same file, or a copy that `llama-quantize COPY` made of it.
+"""The check that a server holds the weights that it received: the same file, or a `llama-quantize COPY` of it.
 
-Our files have the form that such a copy keeps (see gguf_form), so digests agree. A server with another copy stores a
+Our files have the form that such a copy keeps (see `gguf.form`), so digests agree. A server with another copy stores a
 file of another digest, and then its content is compared: the bytes, where the server's folder can be read, else
 what its API tells of them.
 """
@@ -30,7 +30,7 @@ STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")  # Ollama's ow
 
 
 def source_of(shown: Mapping[str, Any]) -> str | None:
-    """The digest (hex) of the weights that a server tells of (its /api/show)."""
+    """Return the digest (hex) of the weights that a server's /api/show names."""
     found = SOURCE.search(shown.get("modelfile", ""))
     return found[2] if found else None
 
@@ -38,7 +38,7 @@ def source_of(shown: Mapping[str, Any]) -> str | None:
 def compare_content(
     host: str, name: str, shown: Mapping[str, Any], gguf: Path, sha256: str, version: str
 ) -> tuple[bool, str]:
-    """Whether weights of another digest than `sha256` are a server's copy of the file `gguf`, and what was compared.
+    """Return whether weights of a different digest are a server's copy of the file `gguf`, and what was compared.
 
     Args:
         shown: the server's account of the model.
@@ -66,13 +66,13 @@ def compare_content(
 
 
 def copies(version: str) -> bool:
-    """Whether a server of this version copies weights when it creates a model; one that cannot be read counts."""
+    """Return whether servers of this version copy weights when they create a model; an unknown version counts."""
     found = release(version)
     return found is None or found >= COPIES
 
 
 def readable_blob(host: str, shown: Mapping[str, Any]) -> Path | None:
-    """The file of the weights, if the server is on this machine and lets it be read."""
+    """Return the file of the weights, if the server is on this machine and lets it be read."""
     found = SOURCE.search(shown.get("modelfile", ""))
     if found is None or not is_loopback(host):
         return None
@@ -83,7 +83,7 @@ def readable_blob(host: str, shown: Mapping[str, Any]) -> Path | None:
 
 
 def difference(blob: Path, digest: str, gguf: Path) -> str | None:
-    """What of a server's file is not what `llama-quantize COPY` makes of ours; None if nothing is.
+    """Return what of a server's file is not what `llama-quantize COPY` makes of ours; None if nothing is.
 
     Args:
         digest: the blob's (hex), by which the server knows it.
@@ -128,7 +128,7 @@ def _table_difference(theirs: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> s
 
 
 def _untold(told: Mapping[str, Any], ours: Head) -> str | None:
-    """What in a server's account of the file differs from ours; None if nothing does."""
+    """Return what in a server's account of the file differs from ours; None if nothing does."""
     tensors = {entry["name"]: (entry["type"], short(tuple(entry["shape"]))) for entry in told.get("tensors") or []}
     wanted = {tensor.name: (TYPE_NAMES[tensor.type_number], tensor.shape) for tensor in ours.tensors}
     for name in [*wanted, *tensors]:
@@ -142,7 +142,7 @@ def _untold(told: Mapping[str, Any], ours: Head) -> str | None:
 
 
 def _equal(told: Any, ours: Any) -> bool:
-    """A value in JSON against one of the file, in which fractions have 32 bits."""
+    """Return whether a JSON value equals one of the file, in which fractions have 32 bits."""
     if isinstance(ours, list):
         return isinstance(told, list) and len(told) == len(ours) and all(map(_equal, told, ours))
     if isinstance(ours, float) and isinstance(told, (int, float)):

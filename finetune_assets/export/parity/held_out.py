@@ -1,4 +1,4 @@
-"""Held-out conversations by which two forms of a model are compared, and what a model says at places in them."""
+"""Held-out conversations on which two forms of a model are compared, and the logits of a model in them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 CONVERSATIONS = 8
-POINTS = 64  # places compared, over all conversations
+POINTS = 64  # positions compared, over all conversations
 LONGEST = 512  # tokens of a conversation that are read
 
-# Where nothing is held out: any words will do to compare two models.
+# For recipes without held-out rows: any text serves to compare two models.
 BUILT_IN = (
     ("What is the capital of France?", "The capital of France is Paris, a city on the river Seine."),
     ("Who are you?", "I am a helpful assistant. I answer questions and explain how things work."),
@@ -31,7 +31,7 @@ BUILT_IN = (
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a conversation: all ids before it, and the id that is there."""
+    """A position in a conversation: all ids before it, and the id at it."""
 
     prefix: tuple[int, ...]
     label: int
@@ -44,7 +44,7 @@ class Conversation:
     Attributes:
         prompt: all turns but the last answer, and their ids with the answer's header.
         ids: of the whole, or of its beginning.
-        places: in `ids`, which of them are points.
+        places: positions in `ids` that are points.
     """
 
     prompt: tuple[list[dict[str, str]], list[int]]
@@ -59,11 +59,11 @@ class Conversation:
 def choose(
     held_out: Path, chat: Chat, *, conversations: int = CONVERSATIONS, points: int = POINTS, longest: int = LONGEST
 ) -> list[Conversation]:
-    """Conversations of a test.jsonl; where it has none with an answer, a few of our own.
+    """Return conversations of a test.jsonl; if it has none with an answer, a few built-in ones.
 
     Args:
         conversations: at most so many.
-        points: at most so many places in them, between them all.
+        points: at most so many positions over all of them.
         longest: tokens of a conversation that are read.
 
     Raises:
@@ -79,7 +79,7 @@ def choose(
 def pick(
     rows: Sequence[Mapping[str, Any]], chat: Chat, conversations: int, points: int, longest: int
 ) -> list[Conversation]:
-    """Up to so many of the rows by their ids, with so many points in their last answers between them."""
+    """Return the first `conversations` rows by id, with `points` positions over all their last answers."""
     encoded = []
     for row in sorted(rows, key=lambda row: row["id"]):
         turns = with_system(row["messages"], chat.default_system)
@@ -97,7 +97,7 @@ def pick(
 
 
 def shares(sizes: Sequence[int], total: int) -> list[int]:
-    """How many of `total` each gets that has so many to give: all the same, as far as they have them."""
+    """Return the shares of `total` that go to members of these sizes: equal, as far as each member is large enough."""
     given = [0] * len(sizes)
     left = total
     for waiting, number in zip(range(len(sizes), 0, -1), sorted(range(len(sizes)), key=sizes.__getitem__), strict=True):
@@ -107,7 +107,7 @@ def shares(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def logits(model: Any, chosen: Sequence[Conversation]) -> list[torch.Tensor]:
-    """What the model says comes next at the points of each conversation: float32 on the CPU, (points, vocabulary)."""
+    """Return the model's logits at the points of each conversation: float32 on the CPU, (points, vocabulary)."""
     import torch
 
     found: list[torch.Tensor] = []
@@ -123,7 +123,7 @@ def logits(model: Any, chosen: Sequence[Conversation]) -> list[torch.Tensor]:
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], longest: int
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels. Only the last answer's: it has labels with every template."""
+    """Return ids and labels. Only the last answer has labels: with every template it can have them."""
     encoded = encode_row(tokenizer, turns, cutoff_len=longest, mask_history=True)
     return encoded.input_ids, encoded.labels
 

@@ -14,20 +14,20 @@ MAX_KL = {
     "q5_1": 0.25, "q5_0": 0.25, "q4_k_m": 0.3, "q4_k_s": 0.3, "q4_1": 0.5, "q4_0": 0.5, "q3_k_l": 0.75, "q3_k_m": 0.75,
     "q3_k_s": 1.0, "q2_k": 2.0,
 }  # fmt: skip
-NEAR_THE_BASE = 0.5  # of what training changed: with more rounding than that, a file may say what the base says
+NEAR_THE_BASE = 0.5  # of what training changed: beyond that quantisation error, a file may answer as the base does
 HALF_PRECISION = 0.005  # what a merged model computed in bf16 or fp16 adds by its own rounding (0.001 for 135M)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """How near a GGUF file is to the merged model.
+    """Figures of the distance between a GGUF file and the merged model.
 
     Attributes:
         kl: mean KL(merged || GGUF) of the next token, nats.
-        top1: share of the points at which both have the same favourite.
+        top1: top-1 agreement: share of the points at which both find the same token likeliest.
         ppl_ratio: perplexity of the GGUF at the points, divided by the merged model's.
         tokens_per_second: of decoding here, for information.
-        points: places compared.
+        points: positions compared.
         reference: precision of the merged model's computation.
     """
 
@@ -40,23 +40,23 @@ class Figures:
 
 
 def judge(kind: str, figures: Figures, max_kl: Mapping[str, float]) -> list[Failure]:
-    """Whether a type's KL is one that its rounding explains (check `kl`)."""
+    """Return the failure of the check `kl` if a type's KL is above its limit."""
     allowed = max_kl.get(kind, MAX_KL[kind] + (0 if figures.reference == "fp32" else HALF_PRECISION))
-    if figures.kl <= allowed:  # not so for NaN
+    if figures.kl <= allowed:  # false for a non-finite KL, too
         return []
     return [Failure("kl", f"mean KL divergence {figures.kl:.4g} nats per token", f"{allowed:g}")]
 
 
 def near_the_base(kl: Mapping[str, float], changed: float) -> list[str]:
-    """A warning for each type whose rounding is large beside what training changed.
+    """Return a warning for each type whose quantisation error is large compared with what training changed.
 
     Args:
         kl: type -> mean KL(merged || GGUF), nats.
         changed: mean KL(merged || base), nats.
     """
     return [
-        f"{kind}: its rounding ({much:.2g} nats per token) is large beside what training changed ({changed:.2g}): "
-        "ask the file whether it still knows what it was taught"
+        f"{kind}: its quantisation error ({much:.2g} nats per token) is large compared with what training changed "
+        f"({changed:.2g}): ask the file questions that training taught"
         for kind, much in kl.items()
         if much > NEAR_THE_BASE * changed
     ]

@@ -1,8 +1,8 @@
-"""Proof that a merged model is its base with its adapter: in what it says on held-out rows, and weight by weight.
+"""Proof that a merged model is its base with its adapter: by logits on held-out rows, and weight by weight.
 
 PEFT is the other side. It puts the adapter on the base and computes with the two, as training did; then it merges
-them in memory. Logits catch what is wrong with the model as a whole. Where weights are rounded to 16 bits, one layer
-left out may hide in the logits' rounding: it does not in its own weights.
+them in memory. Logits show what is wrong with the model as a whole. Where weights are rounded to 16 bits, the rounding
+of the logits may hide a missing layer; its own weights do not.
 """
 
 from __future__ import annotations
@@ -52,13 +52,12 @@ def check(
 
     Args:
         base, adapter, merged: Hugging Face folders; `merged` with chat.json.
-        held_out: test.jsonl; where it has no rows, a few sentences of our own are read.
+        held_out: test.jsonl; if it has no rows, a few built-in sentences are read.
 
     Returns:
         difference: distance of the logits (see `LIMITS`); allowed: the largest that passes; effect: the distance that
         the adapter makes, for comparison; kl_from_base: the same as mean KL(base + adapter || base), nats;
-        weights_compared: tensors; places: points; precision and device of the
-        computation.
+        weights_compared: tensors; places: points; precision and device of the computation.
 
     Raises:
         StepFailed: the merged model is another one; the message says by which check (logits, weights).
@@ -73,7 +72,7 @@ def check(
 
     def says(model: Any) -> torch.Tensor:
         told = torch.cat(logits(model, chosen))
-        return told - told.mean(-1, keepdim=True)  # a constant more on all tokens says nothing
+        return told - told.mean(-1, keepdim=True)  # a constant on all tokens has no effect
 
     progress(message(f"reading held-out rows with base and adapter on {device.name}"))
     model = load_model(base, adapter, device, trust_remote_code=trust_remote_code)
@@ -91,13 +90,13 @@ def check(
     allowed = max((LIMITS[dtype] for dtype in stored if dtype in LIMITS), default=LIMITS["F32"])
     if device.precision != "fp32":
         allowed = HALF_PRECISION
-    if not difference <= allowed:  # NaN is no pass
-        failures.insert(0, Failure("logits", f"{difference:.2g} of their size away", f"{allowed:g}"))
+    if not difference <= allowed:  # a non-finite difference fails, too
+        failures.insert(0, Failure("logits", f"relative distance {difference:.2g}", f"{allowed:g}"))
     if failures:
         listing = "\n".join(f"  check {failure}" for failure in failures)
         raise StepFailed(
             f"the merged model is not base + adapter:\n{listing}",
-            "nothing was published; was the adapter trained on this base? If so, this is ours to repair: report it",
+            "nothing was published; check that the adapter was trained on this base; if it was, report this as a bug",
         )
     return {
         "difference": float(f"{difference:.3g}"),
@@ -116,13 +115,13 @@ def _distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Mean KL(ours || theirs) of the next token, nats, from logits. Shape of each (points, vocabulary)."""
+    """Return the mean KL(ours || theirs) of the next token in nats, from logits. Shape of each (points, vocabulary)."""
     mine, other = (told.double().log_softmax(-1) for told in (ours, theirs))
     return float((mine.exp() * (mine - other)).sum(-1).mean())
 
 
 def _weights(model: Any, checkpoint: Checkpoint) -> tuple[int, list[Failure]]:
-    """How many tensors of the merged files were compared with PEFT's, and the one that is furthest off, if one is."""
+    """Return the number of tensors compared with PEFT's, and a failure that names the worst tensor, if one is wrong."""
     compared, worst, found = 0, 1.0, []
     for held in _as_in_files(model):
         names: dict[int, list[str]] = {}  # of one tensor: tied embeddings have two
@@ -136,12 +135,12 @@ def _weights(model: Any, checkpoint: Checkpoint) -> tuple[int, list[Failure]]:
             compared += 1
             if (off := _off(checkpoint.tensor(name).to(wanted.device), wanted)) > worst or math.isnan(off):
                 worst = off
-                found = [Failure("weights", f"{name} is {off:.3g} times as far off as rounding explains", "1")]
+                found = [Failure("weights", f"{name} differs by {off:.3g} times the rounding error", "1")]
     return compared, found
 
 
 def _as_in_files(model: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's tensors as files name and cut them (experts, say); some are copies, so it is a layer at a time."""
+    """Yield the tensors of each layer as files name and cut them. Some are copies, so it is a layer at a time."""
     from transformers.core_model_loading import revert_weight_conversion
 
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -151,7 +150,7 @@ def _as_in_files(model: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _off(ours: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference of two weights, as a multiple of what their dtypes' rounding explains."""
+    """Return the largest difference of two weights, as a multiple of the rounding error of their dtypes."""
     import torch
 
     if torch.equal(ours, wanted.to(ours.dtype)):

@@ -1,10 +1,10 @@
-"""Proof that a GGUF file is the merged model: its next-token distributions beside those of the merged model.
+"""Proof that a GGUF file is the merged model: its next-token distributions compared with the merged model's.
 
-Greedy answers prove little about a small model: rounding turns one near-tie, and the rest of the text is another.
-Distributions at given places say how far apart two models are, whatever they would say. So held-out conversations are
-read by transformers and by llama.cpp, and compared where the assistant speaks: mean Kullback-Leibler divergence
-KL(merged || GGUF) in nats, how often both have the same favourite, and the ratio of their perplexities on the words
-that are there. What can be compared exactly is compared exactly (see exact_checks).
+Greedy answers prove little about a small model: rounding decides one near-tie, and the rest of the text differs.
+Distributions at given positions measure how far apart two models are, whatever they would answer. So transformers and
+llama.cpp read held-out conversations, and are compared where the assistant speaks: mean Kullback-Leibler divergence
+KL(merged || GGUF) in nats, top-1 agreement, and the ratio of their perplexities on the given text. What can be compared
+exactly is compared exactly (see `checks`).
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 CHECKS = (*EXACT, "kl")
 
 
-ROOM = 32  # tokens of context beside the longest conversation, for what is decoded to take the time
-TAIL = 1e-7  # of a probability: less is float32's rounding
-LEAST = -50.0  # log probability of what llama.cpp says cannot be
+ROOM = 32  # tokens of context besides the longest conversation, in which decoding is timed
+TAIL = 1e-7  # of a probability: less is below the precision of float32
+LEAST = -50.0  # log probability of a token that llama.cpp finds impossible
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the merged model makes of the held-out conversations.
+    """The merged model's distributions in the held-out conversations.
 
     Attributes:
         config: of the merged model, or of the part of it that reads text.
@@ -82,23 +82,23 @@ def prove(
     trust_remote_code: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Figures]:
-    """Check every file against the merged model; its figures by type.
+    """Check every file against the merged model, and return its figures by type.
 
     Args:
         files: GGUF type -> file made of the merged model.
         merged: Hugging Face folder with chat.json.
-        held_out: test.jsonl; where it has no rows, a few sentences of our own are compared.
+        held_out: test.jsonl; if it has no rows, a few built-in sentences are compared.
         device: where the merged model is computed; asked for only if something has to be measured.
         max_kl: type -> largest mean KL, in place of `MAX_KL`.
         recorded: figures of files that passed all exact checks before, and are what they were.
         written: type -> sha256 (hex) of the file as it was made.
 
     Raises:
-        StepFailed: files failed checks; the message names them, the type, what was found and what is allowed.
+        StepFailed: files failed checks; the message names the type, the checks, what they measured and what is allowed.
     """
     reference: Reference | None = None
     proven: dict[str, Figures] = {}
-    troubles: list[StepFailed] = []
+    errors: list[StepFailed] = []
     for number, (kind, file) in enumerate(files.items(), 1):
         if kind in recorded:
             figures, failures = recorded[kind], []
@@ -112,15 +112,15 @@ def prove(
             failures = [*failures, *judge(kind, figures, max_kl)]
             proven[kind] = figures
         if failures:
-            troubles.append(_failed(kind, file, figures, failures))
-    if troubles:  # all at once: making the files again to find the next one takes long
-        hints = dict.fromkeys(trouble.hint for trouble in troubles if trouble.hint)
-        raise StepFailed("\n".join(trouble.message for trouble in troubles), "\n".join(hints))
+            errors.append(_failed(kind, file, figures, failures))
+    if errors:  # all at once: making the files again to find the next one takes long
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        raise StepFailed("\n".join(error.message for error in errors), "\n".join(hints))
     return proven
 
 
 def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bool = False) -> Reference:
-    """Have the merged model read the held-out conversations; it is out of memory when this returns.
+    """Compute the merged model's distributions; the model is out of memory when this returns.
 
     Raises:
         StepFailed: the merged model cannot be loaded.
@@ -148,11 +148,11 @@ def refer(merged: Path, held_out: Path, device: Device, *, trust_remote_code: bo
 
 
 def examine(file: Path, reference: Reference, *, sha256: str | None = None) -> tuple[Figures | None, list[Failure]]:
-    """All checks of one file but that of its KL; no figures for a file that llama.cpp cannot run.
+    """Return the figures of one file and its failed checks, except `kl`; no figures if llama.cpp cannot run the file.
 
     Args:
-        sha256: of the file as it was made (hex): a bit of a coarse weight that has changed since shows nowhere else.
-            A file of another content is looked at no further: llama.cpp ends the whole process over some of them.
+        sha256: of the file as it was made (hex): no other check sees a changed bit of a coarse weight. A file of
+            different content is not read further: llama.cpp ends the whole process over some of them.
     """
     head, failures = check_file(file, sha256)
     if head is None or failures:
@@ -168,7 +168,7 @@ def examine(file: Path, reference: Reference, *, sha256: str | None = None) -> t
 
 
 def check_content(head: Head, file: Path, reference: Reference) -> list[Failure]:
-    """All that a file holds against what the merged model has, without running it."""
+    """Return the failed checks of a file's content, without running it."""
     merged, config, tokenizer = reference.merged, reference.config, reference.tokenizer
     return [
         *check_head(head, merged, config, reference.settings, tokenizer),
@@ -179,9 +179,9 @@ def check_content(head: Head, file: Path, reference: Reference) -> list[Failure]
 
 
 def divergence(ours: np.ndarray, theirs: Distribution) -> float:
-    """KL(ours || theirs) in nats; tokens that llama.cpp did not tell are one outcome together.
+    """Return KL(ours || theirs) in nats; tokens that llama.cpp did not report count as one outcome.
 
-    Grouping outcomes can only make it smaller, and by next to nothing where the tail is thin.
+    Grouping outcomes can only make it smaller, and only slightly where the tail is thin.
 
     Args:
         ours: log probabilities of every token. Shape (vocabulary,).
@@ -200,7 +200,7 @@ def divergence(ours: np.ndarray, theirs: Distribution) -> float:
 
 
 def _letter(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token that is a letter, whatever comes before it."""
+    """Return the id of a token that is a single letter, whatever comes before it."""
     for letter in "aeiotns":
         ids = tokenizer(letter, add_special_tokens=False)["input_ids"]
         if isinstance(ids, list) and ids and str(tokenizer.decode([ids[-1]])).strip() == letter:
@@ -209,7 +209,7 @@ def _letter(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _prompts(engine: ProbeEngine, reference: Reference, longest: int) -> list[Failure]:
-    """The first prompt that llama.cpp reads otherwise."""
+    """Return the failures of the first prompt that llama.cpp tokenises differently."""
     bos = reference.tokenizer.bos_token_id
     counted = False
     for turns, ids in reference.prompts:
@@ -243,7 +243,7 @@ def _measure(engine: ProbeEngine, reference: Reference) -> Figures:
 
 
 def _logprob(token: int, theirs: Distribution, vocabulary: int) -> float:
-    """A token's log probability; one that llama.cpp did not tell gets an equal part of the rest."""
+    """Return a token's log probability; one that llama.cpp did not report gets an equal part of the rest."""
     import numpy as np
 
     if len(found := np.flatnonzero(theirs.ids == token)):
@@ -256,8 +256,8 @@ def _failed(kind: str, file: Path, figures: Figures | None, failures: Sequence[F
     if figures is None or kind in UNQUANTISED or any(failure.check != "kl" for failure in failures):
         hint = "nothing was published; make it again, or set LLAMA_CPP_DIR to another llama.cpp to convert with"
         return StepFailed(f"the GGUF file {file.name} ({kind}) is not the merged model:\n{listing}", hint)
-    # the right weights, rounded until the model says other things
-    much = f"the same favourite at {figures.top1:.0%} of the places, perplexity {figures.ppl_ratio:.2f} times as large"
+    # the right weights, quantised until the model answers differently
+    much = f"top-1 agreement {figures.top1:.0%}, perplexity ratio {figures.ppl_ratio:.2f}"
     hint = f"take {kind} out of gguf.types for one that is nearer"
     if math.isfinite(figures.kl):
         hint += f", or say that you want it: gguf.max_kl: {{{kind}: {_rounded_up(figures.kl)}}}"
@@ -265,6 +265,6 @@ def _failed(kind: str, file: Path, figures: Figures | None, failures: Sequence[F
 
 
 def _rounded_up(value: float) -> str:
-    """To two digits, with some room: llama.cpp's figures differ a little from one machine to the next."""
+    """Round up to two digits, with some room: llama.cpp's figures differ slightly between machines."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{math.ceil(value * 1.05 / unit) * unit:.6g}"

@@ -1,4 +1,4 @@
-"""What stands in the way of a base model's export, found before anything is trained on it."""
+"""The check before training that a base model can be merged and converted to GGUF."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check_exportable(
 
     Raises:
         BadInput: the base is quantised.
-        StepFailed: the converter cannot be had, does not know the architecture or tokenizer, or failed otherwise; the
-            base needs its own code.
+        StepFailed: the converter cannot be downloaded, does not know the architecture or tokenizer, or failed
+            otherwise; the base needs its own code.
     """
     refuse_quantised(read_json(base / "config.json"), base)
     question = f"{identity} {converter_version()} {trust_remote_code=}"

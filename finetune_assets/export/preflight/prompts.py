@@ -1,7 +1,7 @@
-"""Whether llama.cpp will read prompts as training does, asked before anything is trained.
+"""The check before training that llama.cpp tokenises prompts exactly as training does.
 
-What decides it is the tokenizer's metadata and the chat template, so a file of these on a body of next to no weights
-answers as the finished model's file would.
+The tokenizer's metadata and the chat template decide it. So a file with these and almost no weights gives the same
+result as the finished model's file.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def rehearse(vocabulary: Path, base: Path, rows: Path, model: ModelSection) -> N
     Args:
         vocabulary: a GGUF file of the base model's tokenizer, without weights.
         base: Hugging Face folder.
-        rows: conversations (.jsonl), of which a few are rendered; where it has none, a few sentences of our own.
+        rows: conversations (.jsonl), of which a few are rendered; if it has none, a few built-in sentences.
         model: says which chat template is trained with.
 
     Raises:
-        BadInput: the chat template cannot be had, or does not take the rows.
-        StepFailed: the two read a prompt otherwise (the message says which ids), or servers of some release would
-            render ordinary conversations otherwise than training.
+        BadInput: there is no chat template, or it does not take the rows.
+        StepFailed: the two tokenise a prompt differently (the message says which ids), or servers of some release
+            would render ordinary conversations differently from training.
     """
     tokenizer = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
     tokenizer.chat_template = pinned(resolve_template(model.template, tokenizer))
@@ -64,7 +64,7 @@ def rehearse(vocabulary: Path, base: Path, rows: Path, model: ModelSection) -> N
 
 
 def _check_servers(engine: ProbeEngine, head: Head, system: str | None) -> None:
-    """StepFailed where a server of some release would render ordinary conversations otherwise than training."""
+    """Raise StepFailed if servers of some release would render ordinary conversations differently from training."""
     try:
         proof = prove(
             engine,

@@ -65,7 +65,7 @@ def test_a_failure_names_type_check_and_limit(files: dict[str, Path], merged: Pa
         prove(both, merged, held_out, device=cpu, max_kl={"q8_0": 1e-6}, recorded={})
     assert f"check kl: mean KL divergence {figures['q8_0'].kl:.4g} nats per token, allowed: 1e-06" in str(caught.value)
     assert caught.value.message.startswith("q8_0 is too coarse for this model (tiny-q8_0.gguf):")
-    assert f"same favourite at {figures['q8_0'].top1:.0%} of the places" in caught.value.message
+    assert f"top-1 agreement {figures['q8_0'].top1:.0%}" in caught.value.message
     # the value that it proposes is one that lets the file pass
     proposed = float(str(caught.value.hint).split("gguf.max_kl: {q8_0: ")[1].removesuffix("}"))
     assert figures["q8_0"].kl < proposed < 1.2 * figures["q8_0"].kl

@@ -1,4 +1,4 @@
-"""Quick questions to an Ollama server: is one there, what does it serve. With the standard library only."""
+"""Quick requests to an Ollama server: whether one answers, and what it serves. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ BUSY = 10.0  # seconds for a simple answer of a server that is there
 
 
 def configured_host() -> str:
-    """The server that OLLAMA_HOST names, as http://host:port; the usual one if it is not set."""
+    """Return the server that OLLAMA_HOST names, as http://host:port; the usual one if it is not set."""
     return parse_host(os.environ.get("OLLAMA_HOST", ""))
 
 
 def parse_host(text: str) -> str:
-    """An OLLAMA_HOST value, read as Ollama reads it ("host", ":port", "0.0.0.0:11434", "https://..."), as a URL."""
+    """Return the URL of an OLLAMA_HOST value ("host", ":port", "0.0.0.0:11434", "https://..."), read as Ollama does."""
     scheme, found, rest = text.strip().strip("\"'").partition("://")
     if not found:
         scheme, rest = "http", scheme
@@ -47,13 +47,13 @@ def parse_host(text: str) -> str:
 
 
 def answers(host: str, seconds: float = 1.0) -> str | None:
-    """The version of the Ollama server at `host`, or None if nothing answers there.
+    """Return the version of the Ollama server at `host`, or None if nothing answers there.
 
     Args:
         seconds: to wait for a connection. A server that is there but busy gets `BUSY` more to answer.
 
     Raises:
-        StepFailed: something is there that is no Ollama server, or one that does not answer.
+        StepFailed: something is there that is not an Ollama server, or one that does not answer.
     """
     if not ADDRESS.fullmatch(host):
         raise StepFailed(
@@ -82,12 +82,12 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
 
 
 def digest(host: str, name: str) -> str | None:
-    """The manifest digest of a model on the server, or None where it has none of that name."""
+    """Return the manifest digest of a model on the server, or None where it has none of that name."""
     return digests(host).get(listed(name))
 
 
 def digests(host: str) -> dict[str, str]:
-    """The manifest digests of all models on the server, by name and tag as `listed` writes them.
+    """Return the manifest digests of all models on the server, by name and tag as `listed` writes them.
 
     Raises:
         OSError: it gives no answer that can be read.
@@ -96,7 +96,7 @@ def digests(host: str) -> dict[str, str]:
 
 
 def listed(name: str) -> str:
-    """One name for all that a server takes for the same model.
+    """Return one name for all that a server takes for the same model.
 
     A server ignores case: where it has a model of the tag Q8_0, it lists each q8_0 that is made later as Q8_0, too.
     """
@@ -105,7 +105,7 @@ def listed(name: str) -> str:
 
 
 def show(host: str, name: str, *, verbose: bool = False) -> dict[str, Any]:
-    """What the server tells about a model: template, system, parameters, modelfile and more. OSError as above.
+    """Return what the server tells about a model: template, system, parameters, modelfile and more. OSError as above.
 
     Args:
         verbose: with all of the GGUF file's metadata, the tokenizer's words included.
@@ -114,7 +114,7 @@ def show(host: str, name: str, *, verbose: bool = False) -> dict[str, Any]:
 
 
 def ask(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A server's answer; OSError where it gives none, or none that can be read."""
+    """Return a server's answer; OSError where it gives none, or none that can be read."""
     try:
         return _get(host, path, seconds, body)
     except (http.client.HTTPException, ValueError) as error:

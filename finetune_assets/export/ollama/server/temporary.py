@@ -21,7 +21,7 @@ GRACE = 10.0  # seconds between asking a server to stop and killing it
 
 
 def find_binary() -> Path | None:
-    """The Ollama binary: OLLAMA_BIN, else `ollama` on the PATH."""
+    """Return the Ollama binary: OLLAMA_BIN, else `ollama` on the PATH."""
     found = shutil.which(Path(os.environ.get("OLLAMA_BIN") or "ollama").expanduser())
     return Path(found) if found else None
 
@@ -66,7 +66,7 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -28,14 +28,14 @@ EVERY = 0.5  # seconds between two reports
 
 
 def send(host: str, file: Path, sha256: str, progress: Progress) -> None:
-    """See to it that the server has the file.
+    """Make sure that the server has the file.
 
     Args:
         sha256: of the file (hex), as on record; the server checks it.
 
     Raises:
         StepFailed: the server refuses the file.
-        httpx.HTTPError: it was lost, in each of several attempts or for good.
+        httpx.HTTPError: the connection was lost, in each of several attempts or for good.
     """
     import httpx
 
@@ -67,7 +67,7 @@ def _send(client: httpx.Client, host: str, file: Path, sha256: str, progress: Pr
 
 
 def _reported(file: Path, size: int, progress: Progress) -> Iterator[bytes]:
-    """The bytes of a file, and a report now and then of the megabytes sent."""
+    """Yield the bytes of a file, and a report now and then of the megabytes sent."""
     total = max(1, round(size / 1e6))
     began = last = time.monotonic()
     done = 0

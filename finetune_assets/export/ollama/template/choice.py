@@ -1,7 +1,7 @@
 """Which template an Ollama server renders prompts with: the model's TEMPLATE, or the chat template in the GGUF file.
 
 Servers since 0.30 choose, by what the texts of the two seem able to do. This is their rule as it stands in Ollama's
-source (v0.33, August 2026: server/images.go, thinking/template.go), and nothing of it is guessed from behaviour.
+source (v0.33, August 2026: server/images.go, thinking/template.go), not a guess from behaviour.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def served_by(
     architecture: str,
     setting: Setting | None = None,
 ) -> Choice:
-    """What a server renders the prompts of a model with.
+    """Return what a server renders the prompts of a model with.
 
     Args:
         version: the server's, as /api/version reports it; None stands for a current one.
@@ -76,7 +76,7 @@ def served_by(
 
 
 def jinja_capabilities(jinja: str) -> frozenset[str]:
-    """What the chat template seems able to do: tools, thinking. Found by text search."""
+    """Return what the chat template seems able to do: tools, thinking. Found by text search."""
     found = set()
     if "tools" in jinja or "tool_call" in jinja:
         found.add("tools")
@@ -88,13 +88,13 @@ def jinja_capabilities(jinja: str) -> frozenset[str]:
 
 
 def jinja_round_trip(jinja: str) -> bool:
-    """Whether the chat template seems to write tool calls and tool results."""
+    """Return whether the chat template seems to write tool calls and tool results."""
     calls = "tool_calls" in jinja or "assistant_tool_call" in jinja
     return "tools" in jinja_capabilities(jinja) and calls and any(text in jinja for text in RESULTS_IN_JINJA)
 
 
 def go_capabilities(go_template: str) -> frozenset[str]:
-    """What the TEMPLATE seems able to do: tools, insert, thinking. Found in its syntax tree."""
+    """Return what the TEMPLATE seems able to do: tools, insert, thinking. Found in its syntax tree."""
     nodes = parse(go_template)
     names = _names(nodes)
     found = {name for name, variable in (("tools", "tools"), ("insert", "suffix")) if variable in names}
@@ -102,7 +102,7 @@ def go_capabilities(go_template: str) -> frozenset[str]:
 
 
 def go_round_trip(go_template: str) -> bool:
-    """Whether the TEMPLATE seems to write tool calls and tool results."""
+    """Return whether the TEMPLATE seems to write tool calls and tool results."""
     return {"tools", "toolcalls"} <= _names(parse(go_template)) and any(text in go_template for text in RESULTS_IN_GO)
 
 
@@ -119,7 +119,7 @@ def _chosen(go_template: str, jinja: str) -> Choice:
 
 
 def _names(nodes: tuple[Node, ...]) -> set[str]:
-    """The names of fields and variables, in lower case; those behind a parenthesis are left out, as servers do."""
+    """Return names of fields and variables in lower case, without those behind a parenthesis, as servers do."""
     found: set[str] = set()
     for node in nodes:
         if isinstance(node, Action):
@@ -141,8 +141,10 @@ def _names_in(pipe: Pipe) -> set[str]:
 
 
 def _thinking_tags(nodes: tuple[Node, ...]) -> tuple[str, str]:
-    """The texts around a model's thinking, as a server infers them: the first and last of the list of nodes nearest to
-    `.Thinking`, within a range over `.Messages`. Empty where there is none.
+    """Return the texts around a model's thinking, as a server infers them.
+
+    They are the first and last of the list of nodes nearest to `.Thinking`, within a range over `.Messages`. Empty
+    where there is none.
     """
     opening = closing = ""
     for around in _thinking_lists(nodes, None):

@@ -1,9 +1,9 @@
-"""The model's own Jinja chat template as an Ollama TEMPLATE, in Go's template language, with a proof.
+"""An Ollama TEMPLATE, in Go's template language, derived from a Jinja chat template, with a proof.
 
-Ollama cannot run Jinja: left alone, it compares the template with those of well-known models and, when none is near,
-prompts without any template. Here the words around each message are found by rendering conversations of marker words
-and looking at what stands between them; no list of models is involved. The result is then rendered side by side with
-the Jinja original over a battery of conversations, and refused where it differs.
+Ollama before 0.30 cannot run Jinja. Without a TEMPLATE, it compares the chat template with those of well-known models;
+when none is near, it prompts without any template. Here the words around each message are found by rendering
+conversations of marker words; no list of models is involved. The result is compared with the Jinja original over a
+battery of conversations, and refused where it differs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Words:
 
 
 def from_gguf(gguf: Path, system: str | None = None) -> GoTemplate:
-    """The TEMPLATE for a GGUF file, from the chat template and the special tokens in its metadata.
+    """Return the TEMPLATE for a GGUF file, from the chat template and the special tokens in its metadata.
 
     Args:
         system: the system message that it is to be served with.
@@ -86,7 +86,7 @@ def from_gguf(gguf: Path, system: str | None = None) -> GoTemplate:
 
 
 def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system: str | None = None) -> GoTemplate:
-    """The Go template that renders every ordinary conversation as the Jinja `template` does.
+    """Return the Go template that renders every ordinary conversation as the Jinja `template` does.
 
     Args:
         specials: bos_token, eos_token, ... as the tokenizer names them.
@@ -108,7 +108,7 @@ def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system:
     text = _go(words, bos)
 
     def difference(messages: Messages, served: Messages) -> str | None:
-        """Between the prompt of `messages`, and what a server that is given `served` makes; None if there is none."""
+        """Return how the prompt of `messages` differs from a server's prompt of `served`; None if equal."""
         try:
             wanted = render_jinja(template, messages, specials)
         except TemplateError as error:
@@ -140,7 +140,7 @@ def derive(template: str, specials: Mapping[str, str], *, add_bos: bool, system:
 
 
 def differs(got: str, wanted: str) -> str | None:
-    """How the prompt that a server makes differs from what the chat template writes; None if it does not."""
+    """Return how the prompt that a server makes differs from what the chat template writes; None if it does not."""
     if got == wanted:
         return None
     at = first_difference(got, wanted)
@@ -149,7 +149,7 @@ def differs(got: str, wanted: str) -> str | None:
 
 
 def _served(system: str, difference: Callable[[Messages, Messages], str | None]) -> str:
-    """A system message as a server must have it to make the same prompts of it."""
+    """Return a system message as a server must have it to make the same prompts of it."""
 
     def talk(said: str, keys: str) -> Messages:
         turns = [{"role": ROLES[key], "content": MARKERS[key]} for key in keys]
@@ -180,14 +180,14 @@ def _tells_of_tools(template: str, specials: Mapping[str, str]) -> bool:
 
 
 def go_data(messages: Sequence[Mapping[str, str]]) -> dict[str, object]:
-    """What an Ollama server hands to a TEMPLATE for these messages."""
+    """Return what an Ollama server hands to a TEMPLATE for these messages."""
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
     said = [{"Role": message["role"], "Content": message["content"]} for message in messages]
     return {"System": system, "Messages": said}
 
 
 def battery() -> Iterator[tuple[str, Messages]]:
-    """Conversations to compare on: ("ordinary" or the name of an edge, messages)."""
+    """Yield conversations to compare on: ("ordinary" or the name of an edge, messages)."""
     contents = [
         "Who are you?",
         "你是谁？你叫什么名字？",
@@ -263,7 +263,7 @@ def _words(template: str, specials: Mapping[str, str]) -> Words:
 
 
 def _split(text: str, keys: str) -> list[str]:
-    """The texts before, between and after the markers of these keys, which have to appear once each and in order."""
+    """Return the texts before, between and after the markers of these keys; each must appear once, in order."""
     parts: list[str] = []
     for marker in (MARKERS[key] for key in keys):
         before, found, text = text.partition(marker)
@@ -318,7 +318,7 @@ def _action(text: str) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text as it stands, or as a quoted string where Go would take its braces for an action."""
+    """Return text as it stands, or as a quoted string where Go would take its braces for an action."""
     if "{{" in text or text.endswith("{"):
         return _action(json.dumps(text, ensure_ascii=False))
     return text

@@ -107,7 +107,7 @@ def _pieces(template: str, trim_markers: bool) -> Iterator[tuple[bool, str]]:
 
 
 def _close(template: str, at: int) -> int:
-    """Where the action that begins at `at` ends; braces in its strings and comments do not count."""
+    """Return where the action that begins at `at` ends; braces in its strings and comments do not count."""
     if (comment := re.match(r"\s*/\*.*?\*/\s*-?(?=\}\})", template[at:], re.DOTALL)) is not None:
         return at + comment.end()
     while at < len(template):
@@ -119,7 +119,7 @@ def _close(template: str, at: int) -> int:
 
 
 def _block(source: Iterator[tuple[bool, str]]) -> tuple[tuple[Node, ...], str | None]:
-    """Nodes up to the `else` or `end` that closes the block (returned too), or up to the template's end."""
+    """Return the nodes up to the `else` or `end` that closes the block (returned too), or up to the template's end."""
     nodes: list[Node] = []
     for is_action, text in source:
         word, _, rest = text.partition(" ")
@@ -159,7 +159,7 @@ def _pipe(text: str) -> Pipe:
 
 
 def _tokens(text: str) -> list[tuple[str, str, bool]]:
-    """(kind, text, follows the token before it without a space)."""
+    """Return tokens: kind, text, and whether it follows the token before it without a space."""
     tokens: list[tuple[str, str, bool]] = []
     at = 0
     while at < len(text.rstrip()):

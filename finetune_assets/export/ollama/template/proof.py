@@ -1,6 +1,6 @@
-"""Both ways in which an Ollama server may make a prompt, held against training's, before anything is trained.
+"""Both ways in which an Ollama server may make a prompt, compared with training's before anything is trained.
 
-TEMPLATE is rendered by `go_eval` while it is derived (`go_template`). The chat template of the GGUF file is rendered
+TEMPLATE is rendered by `go_eval` while it is derived (`derive`). The chat template of the GGUF file is rendered
 here by llama.cpp's engine, which is the one inside current servers, asked in the way in which such a server asks it.
 """
 
@@ -97,7 +97,7 @@ def prove(
 
 
 def prove_file(gguf: Path, system: str | None = None) -> Proof:
-    """`prove` for a GGUF file's chat template. Its weights are not read.
+    """Run `prove` for a GGUF file's chat template. Its weights are not read.
 
     Raises:
         StepFailed: as `prove`; or the file has no chat template, or llama.cpp cannot read its tokenizer.
@@ -121,7 +121,7 @@ def prove_file(gguf: Path, system: str | None = None) -> Proof:
 
 
 def differences(engine: ProbeEngine, template: str, specials: Mapping[str, str], *, add_bos: bool) -> dict[str, str]:
-    """Kind of conversation -> the first difference between llama.cpp's prompts and training's.
+    """Return the first difference between llama.cpp's prompts and training's, by kind of conversation.
 
     What the chat template refuses in training is not compared: there is nothing to be the same as.
     """
@@ -150,7 +150,7 @@ def differences(engine: ProbeEngine, template: str, specials: Mapping[str, str],
 
 
 def _with_tools(template: str, specials: Mapping[str, str]) -> Iterator[tuple[str, Talk, list[dict[str, Any]]]]:
-    """Conversations with tools; none where the template does not write them."""
+    """Yield conversations with tools; none where the template does not write them."""
     from jinja2 import TemplateError
 
     # In the order in which an Ollama server hands the keys on: required before properties.
@@ -185,7 +185,7 @@ def _with_tools(template: str, specials: Mapping[str, str]) -> Iterator[tuple[st
 
 
 def _as_sent(talk: Talk) -> Talk:
-    """Messages as an Ollama server sends them to llama.cpp: arguments of calls are JSON text."""
+    """Return messages as an Ollama server sends them to llama.cpp: arguments of calls are JSON text."""
 
     def sent(call: Mapping[str, Any]) -> dict[str, Any]:
         arguments = json.dumps(call["function"]["arguments"], separators=(",", ":"), ensure_ascii=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that a file did not pass, in words: what was found, and what would have been right."""
+    """A check that a file did not pass: its name, what it measured, and what is allowed."""
 
     check: str
     measured: str

@@ -1,6 +1,6 @@
-"""Whether places in a text mean the same to a GGUF file as to the merged model: rope base, its scaling, the context.
+"""Positions in a text, as a GGUF file and the merged model compute them: rope base, rope scaling, context length.
 
-What a scaling does shows in long texts, and held-out rows are short: so its numbers are compared, not its effect.
+The effect of a scaling appears in long texts, and held-out rows are short. So its values are compared.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NONE: Scaling = ("none", 1.0, None)
 
 
 def check_positions(head: Head, gguf: Path, config: PreTrainedConfig) -> list[Failure]:
-    """Rope and context length of a file against what transformers computes with.
+    """Compare rope and context length of a file with those of transformers.
 
     Architectures outside `PLAIN` have scalings of their own, and their files may allow for longer contexts.
 
@@ -41,7 +41,7 @@ def check_positions(head: Head, gguf: Path, config: PreTrainedConfig) -> list[Fa
 
 
 def _rope(config: PreTrainedConfig, attention: str = FULL) -> Mapping[str, Any]:
-    """The rope of layers of one kind; what is said of none in particular is said of those of full attention."""
+    """Return the rope of layers of one kind; parameters without a kind are those of full attention."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         return rope.get(attention) or {}
@@ -69,14 +69,14 @@ def _context(head: Head, config: PreTrainedConfig) -> Iterator[Failure]:
 
 
 def _scaling(head: Head, gguf: Path, config: PreTrainedConfig) -> Iterator[Failure]:
-    """By one factor, which a file names, or frequency by frequency, which is a tensor."""
+    """Compare the scaling: one factor, which a file names, or one for each frequency, which are a tensor."""
     rope = _rope(config)
     kind, wanted, found = rope.get("rope_type"), NONE, NONE
     if kind in ("linear", "yarn"):
         before = rope.get("original_max_position_embeddings") if kind == "yarn" else None
         wanted = (kind, float(rope.get("factor") or 1.0), before)
     named = head.get(f"{architecture(head)}.rope.scaling.type", "linear")
-    factor = head.get(f"{architecture(head)}.rope.scaling.factor") or 1.0  # llama.cpp takes nought for none
+    factor = head.get(f"{architecture(head)}.rope.scaling.factor") or 1.0  # llama.cpp treats 0 as "no scaling"
     if named != "none" and (named, factor) != ("linear", 1.0):
         before = head.get(f"{architecture(head)}.rope.scaling.original_context_length") if named == "yarn" else None
         found = (named, factor, before)
@@ -86,7 +86,7 @@ def _scaling(head: Head, gguf: Path, config: PreTrainedConfig) -> Iterator[Failu
 
 
 def _frequencies(head: Head, gguf: Path, config: PreTrainedConfig | None) -> Iterator[Failure]:
-    """Of a model that slows its frequencies down one by one; None: of one that does not."""
+    """Compare the factors of single frequencies; `config` is None for a model without them."""
     import numpy as np
 
     tensor = next((tensor for tensor in head.tensors if tensor.name == SLOWER), None)
@@ -105,7 +105,7 @@ def _frequencies(head: Head, gguf: Path, config: PreTrainedConfig | None) -> Ite
 
 
 def _factors(config: PreTrainedConfig) -> np.ndarray:
-    """By how much transformers divides each frequency. Shape (frequencies,)."""
+    """Return the number by which transformers divides each frequency. Shape (frequencies,)."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -120,5 +120,5 @@ def _in_words(scaling: Scaling) -> str:
 
 
 def _shown(number: Any) -> str:
-    """Without the digits that are float32's; as it is, if it is no number at all."""
+    """Write a number without the noise of float32; anything else as it is."""
     return f"{number:.6g}" if isinstance(number, (int, float)) else str(number)

@@ -9,7 +9,7 @@ from finetune_assets.reporting.first_difference import first_difference
 
 
 def check_prompt(ours: Sequence[int], theirs: Sequence[int], read: int | None, bos: int | None) -> list[Failure]:
-    """Begin-of-text tokens at the start of a prompt, then all of its ids.
+    """Compare the begin-of-text tokens of a prompt, then all of its ids.
 
     Args:
         ours: the Hugging Face tokenizer's, of the prompt that training's template renders.
@@ -21,7 +21,7 @@ def check_prompt(ours: Sequence[int], theirs: Sequence[int], read: int | None, b
         failures.append(Failure("begin of text", f"{found} begin-of-text tokens before a prompt", str(wanted)))
     if list(ours) != list(theirs):
         at = first_difference(ours, theirs)
-        found = f"{len(theirs)} ids of a prompt, from place {at} on {list(theirs[at : at + 4])}"
+        found = f"{len(theirs)} ids of a prompt, from position {at} on {list(theirs[at : at + 4])}"
         failures.append(Failure("prompt ids", found, f"{len(ours)} ids, {list(ours[at : at + 4])} there"))
     elif read is not None and read != len(ours):
         failures.append(Failure("prompt ids", f"{read} tokens read by a chat completion", str(len(ours))))

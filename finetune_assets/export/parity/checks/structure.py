@@ -1,4 +1,4 @@
-"""What must be exactly so in a GGUF file of a merged model, each under a name: structure, numbers, words, token ids."""
+"""Checks of a GGUF file that are exact: its structure, dimensions, chat template and stop tokens."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ORDINARY = 1  # kind of a token that is a piece of text
 
 
 def check_file(gguf: Path, sha256: str | None = None) -> tuple[Head | None, list[Failure]]:
-    """The file's head, if the file is whole as far as its tensor table goes (check `file`).
+    """Return the file's head if its tensor table can be read (check `file`), and the failed checks.
 
     Args:
         sha256: hex; a file of another content fails the check `bytes`.
@@ -65,7 +65,7 @@ def check_head(
     settings: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Failure]:
-    """Tensors, dimensions, template and stop tokens that a file names, against the model that it was made of.
+    """Compare tensors, dimensions, template and stop tokens of a file with the model that it was made from.
 
     Args:
         merged: Hugging Face folder.
@@ -79,7 +79,7 @@ def check_head(
 
 
 def _tensors(head: Head, merged: Path, config: PreTrainedConfig) -> Iterator[Failure]:
-    """All weights are there, in their shapes."""
+    """Compare the names and shapes of all weights."""
     name_of = renamed(head)
     held = {tensor.name: tensor for tensor in head.tensors}
     experts: Counter[str] = Counter()
@@ -109,7 +109,7 @@ def _tensors(head: Head, merged: Path, config: PreTrainedConfig) -> Iterator[Fai
     # What has no name of its own, such as experts fused into one tensor, is cut up anew: the weights must add up.
     if rest and sum(rest.values()) != unnamed:
         found = ", ".join([*rest][:4])
-        yield Failure("tensors", f"{sum(rest.values())} weights in {found}", f"{unnamed} in tensors beside the named")
+        yield Failure("tensors", f"{sum(rest.values())} weights in {found}", f"{unnamed} in unnamed tensors")
 
 
 def _dimensions(head: Head, config: PreTrainedConfig) -> Iterator[Failure]:
@@ -122,7 +122,7 @@ def _dimensions(head: Head, config: PreTrainedConfig) -> Iterator[Failure]:
 
 
 def same(found: Any, wanted: float) -> bool:
-    """Equal numbers, as far as float32 tells them apart."""
+    """Return whether two numbers are equal within the precision of float32."""
     return isinstance(found, (int, float)) and math.isclose(found, wanted, rel_tol=1e-6)
 
 
@@ -148,4 +148,4 @@ def _difference(found: str | None, wanted: str) -> str:
     if found is None:
         return "none"
     at = first_difference(found, wanted)
-    return f"another one from character {at} on ({found[at : at + 20]!r} for {wanted[at : at + 20]!r})"
+    return f"different from character {at} on ({found[at : at + 20]!r} for {wanted[at : at + 20]!r})"

@@ -1,4 +1,4 @@
-"""Whether a GGUF file knows the tokenizer's tokens under their ids, whether a held-out row uses them or not."""
+"""The tokens of a GGUF file against the tokenizer's, including those that no held-out row uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARSED = (2, 3, 4)  # kinds (unknown, control, user-defined) that are found in a
 def check_vocabulary(
     head: Head, merged: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[Failure]:
-    """Number, text and kind of tokens, and the merges, as far as the converter leaves them as they are.
+    """Compare number, text and kind of tokens, and the merges, as far as the converter leaves them unchanged.
 
     Args:
         merged: Hugging Face folder.
@@ -49,7 +49,7 @@ def _sizes(head: Head, tokens: int, wanted: int | None) -> Iterator[Failure]:
 
 
 def _added(tokens: list[str], kinds: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Failure]:
-    """The first special token that is another one, or an ordinary word; one that the model has no row for is none."""
+    """Yield the first special token that differs or is an ordinary one; tokens without a row are left out."""
     for number, added in sorted(tokenizer.added_tokens_decoder.items()):
         if not added.special or added.normalized or number >= len(tokens):
             continue
@@ -64,7 +64,7 @@ def _added(tokens: list[str], kinds: list[int], tokenizer: PreTrainedTokenizerBa
 
 
 def _ordinary(tokens: list[str], kinds: list[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[Failure]:
-    """The first word that is another one, or of another kind."""
+    """Yield the first ordinary token of a different text or kind."""
     added = tokenizer.added_tokens_decoder
     for word, number in sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]):
         if number in added or number >= len(tokens):
@@ -78,7 +78,7 @@ def _ordinary(tokens: list[str], kinds: list[int], tokenizer: PreTrainedTokenize
 
 
 def _merges(head: Head, merged: Path) -> Iterator[Failure]:
-    """The first pair that is joined otherwise; nothing of a tokenizer without a tokenizer.json."""
+    """Yield the first merge that differs; nothing for a tokenizer without a tokenizer.json."""
     if not (file := merged / "tokenizer.json").is_file():
         return
     pairs = read_model_json(file)["model"].get("merges") or []

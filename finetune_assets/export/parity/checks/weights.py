@@ -1,7 +1,7 @@
-"""Every weight of a GGUF file against the merged model's: to the bit where none is rounded away, else row by row.
+"""Every weight of a GGUF file against the merged model's: bit by bit where the type is exact, else row by row.
 
-How a model speaks hides much: a coarse type's rounding outweighs a wrong row, and a token that no conversation uses
-says nothing. Its weights do not.
+Distributions hide much: a coarse type's quantisation error outweighs a wrong row, and a token that no conversation uses
+has no effect on them. Comparing the weights finds both.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ CHUNK = 1 << 20  # weights compared at a time
 
 
 def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
-    """The row that is furthest off, if one is too far; nothing of architectures other than `PLAIN`.
+    """Return the row with the largest error if it is above its limit; nothing for architectures outside `PLAIN`.
 
     Args:
-        merged: Hugging Face folder. What it has and the file has not, or in another shape, is another check's finding.
+        merged: Hugging Face folder. Tensors that the file lacks, or has in a different shape, fail another check.
     """
     import numpy as np
 
@@ -83,7 +83,7 @@ def check_weights(head: Head, gguf: Path, merged: Path) -> list[Failure]:
 
 
 def _as_in_gguf(head: Head, name: str, ours: torch.Tensor) -> torch.Tensor | None:
-    """A tensor of the merged model as the converter lays it out; None if the file's own head count does not fit."""
+    """Return a tensor of the merged model as the converter lays it out; None if the file's head count does not fit."""
     import torch
 
     part = name.split(".")[-2]
@@ -100,7 +100,7 @@ def _as_in_gguf(head: Head, name: str, ours: torch.Tensor) -> torch.Tensor | Non
 def _furthest(
     tensor: Tensor, rows: np.ndarray, wanted: torch.Tensor, begin: int, allowed: float | None
 ) -> tuple[float, str, str] | None:
-    """Of the rows that are further off than the tensor's type explains, the worst: how far, in words, and the limit.
+    """Return the worst of the rows with an error above the limit: its error, a description, and the limit.
 
     Args:
         rows: bytes of the tensor's rows from `begin` on.
@@ -121,13 +121,12 @@ def _furthest(
         with np.errstate(over="ignore", invalid="ignore"):
             error, size = _root_mean_square(found - ours), _root_mean_square(ours)
             same = (np.abs(found - ours) <= SUBNORMAL).all(-1)
-            right = same if allowed is None else error <= allowed * size + finest  # neither holds for NaN
+            right = same if allowed is None else error <= allowed * size + finest  # false for non-finite values, too
             off = np.where(right, -1, np.nan_to_num(error / np.maximum(size, 1e-30), nan=np.inf))
         far = float(off.max())
         if far >= 0 and (worst is None or far > worst[0]):
-            what = (
-                f"row {begin + first + int(off.argmax())} of {tensor.name} ({tensor.type}) off by {far:.2g} of its size"
-            )
+            row = begin + first + int(off.argmax())
+            what = f"row {row} of {tensor.name} ({tensor.type}): relative error {far:.2g}"
             worst = (far, what, "nothing" if allowed is None else f"{allowed:g}")
     return worst
 
@@ -139,7 +138,7 @@ def _root_mean_square(rows: np.ndarray) -> np.ndarray:
 
 
 def _decoder(tensor: Tensor) -> Callable[[np.ndarray], np.ndarray]:
-    """From rows of bytes to rows of float32."""
+    """Return the function that turns rows of bytes into rows of float32."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
