@@ -1,1 +1,1 @@
-"""Rows from a registry entry to checked splits. Nothing here knows of models or training. Front door: `prepare`."""
+"""Data sets, from a registry entry to validated splits. No model and no training here. Front door: `prepare`."""

@@ -1,4 +1,4 @@
-"""A snapshot of raw files -> validated conversations, split into train, validation and test."""
+"""Splits (train, validation, test) of validated conversations, made from a snapshot of raw files."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from finetune_assets.recipe import DatasetSection, did_you_mean
 from finetune_assets.reporting.errors import BadInput
 
 SPLITS = ("train", "validation", "test")
-SHOWN = 10  # problems listed of one file; more say no more
+SHOWN = 10  # problems listed for one file
 
 
 def prepare(raw: Path, section: DatasetSection, out: Path, *, keep_order: bool = False) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl, test.jsonl and a registry of them; facts for the manifest.
+    """Write train.jsonl, validation.jsonl, test.jsonl and a registry of them; return the metrics of the manifest.
 
     Args:
-        raw: a snapshot folder (data.snapshot.take).
-        keep_order: keep the rows as the files have them; otherwise they are ordered by content, so that a
-            reordered file gives the same bytes.
+        raw: a snapshot folder, written by data.snapshot.take.
+        keep_order: keep the order of the files. Otherwise rows are sorted by content, so that a reordered file
+            gives the same bytes.
 
     Raises:
-        BadInput: rows that cannot be used, each with file, line and column name; too few rows to split.
+        BadInput: a row is invalid (the message names file, line and column), or no row is left to train on.
     """
     names = list(json.loads((raw / REGISTRY).read_text(encoding="utf-8")))
     rows: list[Row] = []
@@ -37,7 +37,7 @@ def prepare(raw: Path, section: DatasetSection, out: Path, *, keep_order: bool =
     for name, entry in load_entries(raw, names).items():
         own = _read(raw / entry.file_name, name, entry)
         if section.max_samples is not None:
-            # a choice by content: the first rows of a file would make the order of rows matter
+            # chosen by content: with the first rows of a file the order of rows would matter
             kept = {id(row) for row in sorted(own, key=lambda row: rank(row.id, section.seed))[: section.max_samples]}
             own = [row for row in own if id(row) in kept]
         for row in own:
@@ -62,11 +62,11 @@ def _read(path: Path, dataset: str, entry: Entry) -> list[Row]:
     numbered, rules = read_rows(path), FORMATS[entry.formatting]
     if not numbered:
         raise BadInput(f"{path}: has no rows", "a data set needs at least one row")
-    # the copy's number is ours; the user knows the file by its own name
-    shown = path.name.partition("-")[2]
+    # without the number of the copy: the user knows the file by its own name
+    file_name = path.name.partition("-")[2]
     present = {column for _, row in numbered if isinstance(row, dict) for column in row}
     problems = [
-        f"{shown}: columns.{role} of {dataset!r} names the column {column!r}, which no row has"
+        f"{file_name}: columns.{role} of {dataset!r} names the column {column!r}, which no row has"
         f"{did_you_mean(column, sorted(present))}"
         for role, column in (rules.unmapped(entry.columns, present) if present else [])
     ]
@@ -75,11 +75,11 @@ def _read(path: Path, dataset: str, entry: Entry) -> list[Row]:
         try:
             rows.append(Row(dataset, tuple(rules.to_messages(row, entry.columns))))
         except ValueError as error:
-            problems.append(f"{shown}:{line}: the row {error}")
+            problems.append(f"{file_name}:{line}: the row {error}")
     if problems:
         more = [f"... and {len(problems) - SHOWN} more like these"] if len(problems) > SHOWN else []
         raise BadInput(
-            "\n".join([*problems[:SHOWN], *more]), f"mend the rows of the data set {dataset!r}, or take them out"
+            "\n".join([*problems[:SHOWN], *more]), f"fix these rows of the data set {dataset!r}, or remove them"
         )
     return rows
 
@@ -90,7 +90,7 @@ def _split_row(row: Row) -> SplitRow:
 
 
 def _write_registry(path: Path) -> None:
-    """Registry entries for the splits, in LLaMA-Factory's words, so that other tools can read them."""
+    """Write registry entries for the splits with LLaMA-Factory's keys, so that other tools can read the splits."""
     entry = {
         "formatting": "sharegpt",
         "columns": {"messages": "messages"},

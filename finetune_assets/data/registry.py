@@ -1,6 +1,6 @@
-"""dataset_info.json: which data sets there are, where their files lie, and what their columns are called.
+"""Registry of data sets, dataset_info.json: their names, files, formats and column names.
 
-The file's keys are LLaMA-Factory's; an unknown key is refused instead of ignored.
+Its keys are those of LLaMA-Factory. An unknown key is an error, not ignored.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from finetune_assets.recipe import Section, did_you_mean
 from finetune_assets.reporting.errors import BadInput
 
 REGISTRY = "dataset_info.json"
-SHOWN = 10  # problems listed; more say no more
+SHOWN = 10  # problems listed
 
 
 class Columns(Section):
-    """What the columns of alpaca rows are called; one not named here keeps its usual name."""
+    """Names of the columns of alpaca rows; a column that is not given keeps its usual name."""
 
     prompt: str = "instruction"
     query: str = "input"
@@ -32,7 +32,7 @@ class Columns(Section):
 
 
 class Entry(Section):
-    """One registered data set."""
+    """Registry entry of one data set."""
 
     file_name: str = Field(max_length=1000)
     formatting: Literal["alpaca"] = "alpaca"
@@ -40,10 +40,10 @@ class Entry(Section):
 
 
 def load_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
-    """The registry entries of the named data sets.
+    """Return the registry entries of the named data sets.
 
     Raises:
-        BadInput: no registry, a name that is not in it, or an entry that says what we do not know.
+        BadInput: there is no registry, a name is not in it, or an entry is invalid.
     """
     path = folder / REGISTRY
     registry = read_json(path)
@@ -68,14 +68,14 @@ def load_entries(folder: Path, names: list[str]) -> dict[str, Entry]:
 
 
 def data_file(folder: Path, entry: Entry) -> Path:
-    """The entry's file, inside the data folder.
+    """Return the path of an entry's file, which is inside the data folder.
 
     Raises:
-        BadInput: it is not there, is no file, or lies outside the folder.
+        BadInput: it does not exist, is not a regular file, is outside the folder, or has no reader.
     """
     try:
         path = (folder / entry.file_name).resolve()
-    except (OSError, RuntimeError) as error:  # links that lead in a circle
+    except (OSError, RuntimeError) as error:  # a loop of symbolic links
         raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} cannot be followed: {error}") from None
     if not path.is_relative_to(folder.resolve()):
         raise BadInput(f"{folder / REGISTRY}: file_name {entry.file_name!r} leaves the data folder")

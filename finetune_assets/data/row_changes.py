@@ -1,6 +1,6 @@
-"""What changed in a data set, in words: rows added, changed and removed.
+"""Descriptions of how a data set changed: rows added, changed and removed.
 
-For people who read a plan, not for decisions: whatever cannot be compared is None, never an error.
+They are shown in a plan and decide nothing: two files that cannot be compared give None, not an error.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from finetune_assets.data.registry import REGISTRY, Entry, data_file, load_entri
 from finetune_assets.data.rows import read_split
 from finetune_assets.reporting.errors import FinetuneError
 
-LIMIT = 8_000_000  # bytes of both files together: a tenth of a second
-TROUBLE = (FinetuneError, OSError, ValueError, TypeError, KeyError, RecursionError)
+LIMIT = 8_000_000  # bytes of both files together, compared in less than a second
+UNREADABLE = (FinetuneError, OSError, ValueError, TypeError, KeyError, RecursionError)
 
 ReadKeys = Callable[[Path], Iterable[RowKey]]
 Question = tuple[Hashable, ...]
 
 
 def source_change(snapshot: Path, folder: Path, name: str) -> str | None:
-    """How a registered data set differs from its copy in a snapshot (data.snapshot.take).
+    """Describe how a registered data set differs from its copy in a snapshot; None if nothing can be said.
 
-    `3 rows added, 1 changed, 2 removed`; `the same rows, written differently`; the keys of its registry entry; sizes,
-    where the files are too large to compare.
+    Examples: `3 rows added, 1 changed, 2 removed`; `the same rows, written differently`. Changed keys of the registry
+    entry are named. Of files too large to compare, the sizes are given.
     """
     try:
-        before, after = (load_entries(place, [name])[name] for place in (snapshot, folder))
+        before, after = (load_entries(parent, [name])[name] for parent in (snapshot, folder))
         files = data_file(snapshot, before), data_file(folder, after)
         keys = _changed_keys(before.model_dump(exclude={"file_name"}), after.model_dump(exclude={"file_name"}))
         rows = _compare(*files, *(_source_keys(entry) for entry in (before, after)))
-    except TROUBLE:
+    except UNREADABLE:
         return None
     return (
         ", ".join([*([f"{', '.join(keys)} changed in {REGISTRY}"] if keys else []), *([rows] if rows else [])]) or None
@@ -43,10 +43,10 @@ def source_change(snapshot: Path, folder: Path, name: str) -> str | None:
 
 
 def split_change(before: Path, after: Path) -> str | None:
-    """How the rows of a split (data.prepare) differ from those of an earlier one."""
+    """Describe how the rows of a split differ from those of an earlier one; None if nothing can be said."""
     try:
         return _compare(before, after, _split_keys, _split_keys)
-    except TROUBLE:
+    except UNREADABLE:
         return None
 
 
@@ -58,17 +58,17 @@ def _compare(before: Path, after: Path, read_before: ReadKeys, read_after: ReadK
         return None
     was, now = Counter(read_before(before)), Counter(read_after(after))
     added, removed = (now - was).elements(), (was - now).elements()
-    return _in_words(Counter(key.question for key in added), Counter(key.question for key in removed))
+    return _describe(Counter(key.question for key in added), Counter(key.question for key in removed))
 
 
-def _in_words(added: Counter[Question], removed: Counter[Question]) -> str:
-    """Of what is asked in rows that are new, and in rows that are gone."""
+def _describe(added: Counter[Question], removed: Counter[Question]) -> str:
+    """Describe a change, given the questions of the rows added and of the rows removed."""
     changed = (added & removed).total()
     counts = {"added": added.total() - changed, "changed": changed, "removed": removed.total() - changed}
-    found = [(count, word) for word, count in counts.items() if count]
-    if not found:
+    changes = [(count, word) for word, count in counts.items() if count]
+    if not changes:
         return "the same rows, written differently"
-    (first, word), *others = found
+    (first, word), *others = changes
     return ", ".join([f"{first} row{'s' * (first > 1)} {word}", *(f"{count} {word}" for count, word in others)])
 
 

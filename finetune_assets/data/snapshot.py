@@ -12,10 +12,10 @@ from finetune_assets.store.digests import DigestCache, digest_of, digest_of_sour
 
 
 def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict[str, str]:
-    """What identifies the sources: data set name -> digest of its registry entry and its file's bytes.
+    """Return data set name -> digest of its registry entry and the bytes of its file, which identify the source.
 
     Raises:
-        BadInput: the registry or a file is not there or cannot be understood.
+        BadInput: the registry or a file is missing or invalid.
     """
     entries = load_entries(folder, names)
     return {
@@ -25,7 +25,7 @@ def source_digests(folder: Path, names: list[str], digests: DigestCache) -> dict
 
 
 def take(folder: Path, names: list[str], out: Path) -> dict[str, Any]:
-    """Copy the named data sets' files into `out` with a registry of their own; facts for the manifest.
+    """Copy the files of the named data sets into `out`, with a registry; return the metrics of the manifest.
 
     Raises:
         BadInput: as source_digests.
@@ -34,7 +34,7 @@ def take(folder: Path, names: list[str], out: Path) -> dict[str, Any]:
     files: list[dict[str, Any]] = []
     for index, (name, entry) in enumerate(load_entries(folder, names).items()):
         source = data_file(folder, entry)
-        # numbered: two data sets may share a file or have files of one name in different folders
+        # numbered: two data sets may share a file, or have files of the same name in different folders
         copy = out / f"{index:02d}-{source.name}"
         shutil.copyfile(source, copy)
         registry[name] = {**entry.model_dump(exclude_unset=True), "file_name": copy.name}

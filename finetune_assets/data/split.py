@@ -1,4 +1,4 @@
-"""Rows -> train, validation and test, decided by content so that row order and file layout do not matter."""
+"""Division of rows into train, validation and test, by content: the order of rows and files does not matter."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class Row:
 
     @property
     def id(self) -> str:
+        """Digest of the messages."""
         return digest_of([dict(message) for message in self.messages])[:16]
 
     @property
     def question(self) -> str:
-        """What is asked, without case, punctuation and white space: rows that share it stay in one split."""
+        """Text before the answer, without case, punctuation and spaces; rows that share it stay in one split."""
         text = "\n".join(message["content"] for message in self.messages[:-1] if message["role"] != "system")
         folded = unicodedata.normalize("NFKC", text).casefold()
         return "".join(char for char in folded if unicodedata.category(char)[0] in "LNS")
@@ -32,25 +33,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Splits:
+    """Rows of each split."""
+
     train: list[Row]
     validation: list[Row]
     test: list[Row]
 
 
 def split(rows: Sequence[Row], *, val_size: float, test_size: float, seed: int) -> Splits:
-    """Hold out the same share of each data set, whole questions at a time.
+    """Hold out the same share of each data set, all rows of a question together.
+
+    Questions are ranked by the digest of their text and the seed. The first ones become the test split, the next ones
+    the validation split. A row therefore keeps its split when other rows come and go, except near the border. Rows
+    keep their order within a split.
 
     Args:
-        val_size, test_size: a share of each data set below 1, else a count over all data sets.
-
-    A question is ranked by the digest of its text and the seed; the first ones are the test split, the next ones the
-    validation split. So a row keeps its split when others come and go, except near the border. Within a split the
-    rows keep the order they were given in.
+        val_size, test_size: below 1, a share of each data set; else a count of rows over all data sets.
     """
     by_question: dict[str, list[Row]] = {}
     for row in rows:
         by_question.setdefault(row.question, []).append(row)
-    # a question asked in several data sets counts for the first of them
+    # a question of several data sets counts for the first of them
     groups: dict[str, list[list[Row]]] = {}
     for group in by_question.values():
         groups.setdefault(min(row.dataset for row in group), []).append(group)
@@ -64,24 +67,24 @@ def split(rows: Sequence[Row], *, val_size: float, test_size: float, seed: int) 
             "train": total,
         }
         queue = iter(members)
-        for name, wanted in held_out.items():
+        for name, size in held_out.items():
             taken = 0
-            while taken < wanted and (group := next(queue, None)) is not None:
+            while taken < size and (group := next(queue, None)) is not None:
                 parts[name] += group
                 taken += len(group)
-    position = {id(row): place for place, row in enumerate(rows)}
+    position = {id(row): number for number, row in enumerate(rows)}
     for part in parts.values():
         part.sort(key=lambda row: position[id(row)])
     return Splits(parts["train"], parts["validation"], parts["test"])
 
 
 def rank(text: str, seed: int) -> str:
-    """A position for `text` that depends on nothing but the text and the seed."""
+    """Return a sort key that depends only on the text and the seed."""
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
 def _count(size: float, total: int, of: int) -> int:
-    """Rows to hold out of a data set of `total`: at least one when any are asked for and more than one is there."""
+    """Return how many of `total` rows to hold out: at least one if any are requested, and never all."""
     if size == 0 or total < 2:
         return 0
     share = size if size < 1 else size / of

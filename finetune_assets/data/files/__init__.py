@@ -1,1 +1,1 @@
-"""Readers of data files, one module for each kind of file. They return rows and know nothing of their meaning."""
+"""Readers of data files, one module for each kind of file. They return rows, whatever the rows mean."""

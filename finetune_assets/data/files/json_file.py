@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files of rows, with errors that say the line and the column."""
+"""JSON and JSON Lines files of rows; errors name the line and the column."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REGISTRY_SIZE = 10_000_000  # bytes; an entry has about a hundred
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file that people write.
+    """Return the value in a JSON file that people write.
 
     Raises:
-        BadInput: it cannot be read, is not UTF-8, is larger than such a file can be, or is not clean JSON.
+        BadInput: it cannot be read, is not UTF-8, is too large, or is not clean JSON.
     """
     return _parse(read_utf8(path, REGISTRY_SIZE), path, 1)
 
@@ -60,37 +60,37 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
 
 
 def _line_of_refused(text: str) -> int | None:
-    """The line in which the first row of an array begins that is refused; None where that cannot be told."""
+    """Return the line in which the first refused row of an array begins; None if it cannot be found."""
     try:
         for line, element in _elements(text):
             try:
                 parse_json(element, clean=True)
             except Refused:
                 return line
-    except (ValueError, IndexError, RecursionError):  # the refused one cannot be read at all
+    except (ValueError, IndexError, RecursionError):  # the refused row cannot be parsed at all
         pass
     return None
 
 
 def _lines_of_elements(text: str) -> list[int]:
-    """The line in which each element of the (valid) JSON array begins."""
+    """Return the line in which each element of a valid JSON array begins."""
     return [line for line, _ in _elements(text)]
 
 
 def _elements(text: str) -> Iterator[tuple[int, str]]:
-    """The line in which each element of the JSON array begins, and its text."""
+    """Yield the line in which each element of a JSON array begins, and its text."""
     decoder, blank = json.JSONDecoder(), " \t\r\n"
-    at, line, counted = text.index("[") + 1, 1, 0
+    position, line, counted = text.index("[") + 1, 1, 0
     while True:
-        while text[at] in blank or text[at] == ",":
-            at += 1
-        if text[at] == "]":
+        while text[position] in blank or text[position] == ",":
+            position += 1
+        if text[position] == "]":
             return
-        line += text.count("\n", counted, at)
-        counted = at
-        _, end = decoder.raw_decode(text, at)
-        yield line, text[at:end]
-        at = end
+        line += text.count("\n", counted, position)
+        counted = position
+        _, end = decoder.raw_decode(text, position)
+        yield line, text[position:end]
+        position = end
 
 
 def _kind(value: Any) -> str:

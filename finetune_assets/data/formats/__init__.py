@@ -1,1 +1,1 @@
-"""Row formats, one module each: what a row of a file means as a conversation."""
+"""Row formats, one module each: how a row of a file becomes a conversation. Front door: `by_name`."""

@@ -1,6 +1,6 @@
-"""Alpaca rows -> conversations.
+"""Alpaca rows.
 
-The user's text is the prompt, then the query on a new line; history holds earlier [question, answer] pairs.
+The question is the prompt, then the query on a new line. The history holds earlier [question, answer] pairs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from finetune_assets.data.registry import Columns
 
 
 def to_messages(row: Any, columns: Columns) -> list[Message]:
-    """The conversation of one row: system (if given), earlier turns, the question and its answer.
+    """Return the conversation of one row: system prompt (if any), history, question and answer.
 
     Raises:
-        ValueError: what is wrong with the row, in words, naming the column.
+        ValueError: the row is invalid; the message names the column and follows the words "the row".
     """
     if not isinstance(row, dict):
         raise ValueError("is not an object with columns")
@@ -28,7 +28,7 @@ def to_messages(row: Any, columns: Columns) -> list[Message]:
         raise ValueError(f"has no answer: {columns.response!r} is empty")
     messages = [Message(role="system", content=system)] if system else []
     history = row.get(columns.history)
-    if history in (None, ""):  # in a table, an empty cell
+    if history in (None, ""):  # an empty cell of a table
         history = []
     if not isinstance(history, list):
         raise ValueError(f"{columns.history!r} is not a list of [question, answer] pairs")
@@ -41,9 +41,9 @@ def to_messages(row: Any, columns: Columns) -> list[Message]:
 
 
 def unmapped(columns: Columns, present: set[str]) -> list[tuple[str, str]]:
-    """(role, column) for each needed column that no row has.
+    """Return (role, column) for each needed column that no row has.
 
-    The system, query and history columns may be absent, unless the registry names one of its own for them.
+    The system, query and history columns may be absent, unless the registry gives names for them.
     """
     needed = {"prompt", "response"} | columns.model_fields_set
     return [
@@ -57,10 +57,10 @@ def row_key(row: Any, columns: Columns) -> RowKey:
     """Return what identifies a row when two files are compared.
 
     Raises:
-        TypeError: it is not an object.
+        TypeError: the row is not an object.
     """
     if not isinstance(row, dict):
-        raise TypeError("a row is an object")
+        raise TypeError("the row is not an object")
     question = tuple(_cell(row.get(name)) for name in (columns.prompt, columns.query))
     others = tuple(_cell(row.get(name)) for name in (columns.response, columns.system, columns.history))
     return RowKey(question, question + others)
