@@ -1,4 +1,4 @@
-"""Scores of a model on held-out rows: generation, metrics, perplexity.
+"""Scores of models on the test split: answers, metrics, perplexity.
 
-Nothing is trained here. Front door: `evaluate`.
+No training here. Front door: `evaluate`.
 """

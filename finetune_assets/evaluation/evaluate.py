@@ -1,8 +1,7 @@
-"""Base against tuned model on the test rows: the same questions, the same chat template, the same measures.
+"""Evaluation of the base model and of the base model with the adapter, on the rows of the test split.
 
-What is compared: the base model, and the base model with the adapter. Both get the conversation rendered by the chat
-template that the adapter was trained with, and the same default system prompt, so that the difference is what the
-training did. Answers are greedy.
+Both models read the same conversations, with the chat template and the default system prompt of the adapter. The
+difference between their scores is therefore the effect of training. Answers are greedy.
 """
 
 from __future__ import annotations
@@ -68,31 +67,31 @@ def evaluate(
 ) -> dict[str, Any]:
     """Score both models; write metrics.json and predictions.jsonl into `out`.
 
-    Perplexity is measured on every test row; answers are generated to `max_samples` of them, drawn by their ids, from
-    all data sets alike. Rows that leave no room for an answer in the model's context get none, and are counted.
+    Perplexity is measured on every test row. Answers are generated for `max_samples` rows, drawn by their ids from
+    all data sets alike. A row that leaves no room for an answer in the model's context gets none, and is counted.
 
     Args:
         base: the base model's folder.
         adapter: the adapter's folder, with tokenizer and chat.json.
         test: test.jsonl.
         out: an existing folder.
-        train: train.jsonl; if given, it is made sure that it shares no row with `test`.
-        cutoff_len: tokens of a row that count towards perplexity, as in training.
+        train: train.jsonl; if given, it must not share a row with `test`.
+        cutoff_len: longest row in tokens, as in training; perplexity ignores the tokens after it.
         progress: is called with a `StepProgress` for each batch of rows.
 
     Returns:
-        what metrics.json holds, and "seconds", "samples_per_second" (answers of both models) and "samples"
-        (a handful of questions and answers), which depend on the machine or would only repeat predictions.jsonl.
+        the content of metrics.json, and three figures that are not written: "seconds", "samples_per_second" (answers
+        of both models), and "samples" (the first five answered lines of predictions.jsonl).
 
     Raises:
-        StepFailed: no test rows, test rows among the training rows, or a model that cannot be loaded.
+        StepFailed: there are no test rows, a test row is in the train split, or a model cannot be loaded.
     """
     started = time.monotonic()
     rows = read_split(test)
     if not rows:
         raise StepFailed(
-            f"{test}: there are no test rows, so there is nothing to score the model on",
-            "raise dataset.test_size in the recipe (0.05 sets one row in twenty aside), or add more data",
+            f"cannot evaluate: {test} has no rows",
+            "raise dataset.test_size in the recipe (0.05 holds out one row in twenty), or add more data",
         )
     if train is not None:
         _assert_unseen(rows, read_split(train), test, train)
@@ -186,8 +185,8 @@ def _assert_unseen(test_rows: list[SplitRow], train_rows: list[SplitRow], test: 
     if shared:
         more = f" and {len(shared) - 5} more" if len(shared) > 5 else ""
         raise StepFailed(
-            f"{len(shared)} rows of {test} are in {train} too: {', '.join(shared[:5])}{more}",
-            "scores on rows that were trained on mean nothing: make the split again (materialise dataset_info)",
+            f"{len(shared)} rows of {test} are also in {train}: {', '.join(shared[:5])}{more}",
+            "materialise dataset_info again; scores on rows of the train split mean nothing",
         )
 
 
@@ -196,7 +195,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _ticker(progress: Progress, steps: int, started: float) -> Callable[[int, str], None]:
-    """Counts rows of work and passes them on as progress events."""
+    """Return a function that counts finished rows and reports them as progress events."""
     step = 0
 
     def tick(count: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Answers to many prompts, greedily and in batches of similar length."""
+"""Greedy answers to many prompts, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from finetune_assets.models.loading import Chat
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """Answer of a model.
 
     Attributes:
-        text: without special tokens and surrounding white space.
-        tokens: how many were generated, the stop token included.
-        ended: it came to an end by itself, rather than at `max_new_tokens`.
+        text: without special tokens and surrounding spaces.
+        tokens: generated tokens, the stop token included.
+        ended: whether the model ended it with a stop token, rather than reaching `max_new_tokens`.
     """
 
     text: str
@@ -34,14 +34,14 @@ def generate(
     batch_size: int,
     done: Callable[[int], None] = lambda rows: None,
 ) -> list[Answer]:
-    """The model's answers, in the order of the prompts.
+    """Return the model's answers, in the order of the prompts.
 
-    Prompts of similar length share a batch (little padding), the longest come first: a batch that does not fit into the
-    accelerator's memory shows at once. It is then halved, and so are those after it.
+    Prompts of similar length share a batch, so that little is padded. The longest come first: a batch that is too large
+    for the accelerator's memory shows at once. It is then halved, and so are all later batches.
 
     Args:
         prompts: token ids as `encode_prompt` gives them.
-        done: told after each batch how many rows it answered.
+        done: is called after each batch with the number of rows answered.
     """
     import torch
 
@@ -68,7 +68,7 @@ def generate(
 
 
 def _answer(prompts: list[Sequence[int]], model: Any, chat: Chat, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of the answers to one batch of prompts."""
+    """Return the token ids of the answers to one batch of prompts."""
     tokens: list[list[int]] = [[] for _ in prompts]
     for step in greedy_steps(model, prompts, chat.stop_token_ids, max_new_tokens):
         for row, token in step:

@@ -10,7 +10,7 @@ from typing import Any
 from finetune_assets.chat.template import IGNORED, Encoded
 from finetune_assets.models.decoding import left_padded
 
-# Tokens of a batch, padding included. Bounds the logits: at most this many times the vocabulary, in fp32.
+# Tokens of a batch, padding included. Bounds the memory of the logits: this number times the vocabulary, in fp32.
 BATCH_TOKENS = 2048
 
 
@@ -20,7 +20,7 @@ class NegativeLogLikelihood:
 
     Attributes:
         nll: in nats, the sum over the tokens.
-        tokens: answer tokens, each predicted from all that comes before it.
+        tokens: answer tokens, each predicted from all tokens before it.
     """
 
     nll: float
@@ -33,7 +33,7 @@ class NegativeLogLikelihood:
 
     @property
     def perplexity(self) -> float:
-        """exp(mean): 1 is certainty, the vocabulary's size is guessing."""
+        """exp(mean): from 1 (certain) to the size of the vocabulary (guessing)."""
         return math.exp(self.mean)
 
 
@@ -42,39 +42,39 @@ def negative_log_likelihoods(
 ) -> list[NegativeLogLikelihood]:
     """Return the negative log-likelihood of the labels of each row, in the order of the rows.
 
-    A long row makes a batch of its own; short ones share one. Logits are computed from the first label of a batch
-    only: rows are padded on the left, so that the answers stand together at the end.
+    A long row is a batch alone; short rows share one. Rows are padded on the left, so that the answers are aligned at
+    the end, and logits are computed only at the positions that predict a label.
 
     Args:
-        rows: as `encode_row` gives them.
-        done: told after each batch how many rows are done.
+        rows: from `encode_row`.
+        done: is called after each batch with the number of rows in it.
     """
     import torch
 
     result: dict[int, NegativeLogLikelihood] = {}
-    for places in _batches([len(row.input_ids) for row in rows]):
-        batch = left_padded([rows[place].input_ids for place in places], model.device)
+    for numbers in _batches([len(row.input_ids) for row in rows]):
+        batch = left_padded([rows[number].input_ids for number in numbers], model.device)
         longest = batch["input_ids"].shape[1]
-        padded = [[IGNORED] * (longest - len(rows[p].labels)) + list(rows[p].labels) for p in places]
-        for place, labels in zip(places, padded, strict=True):
-            labels[longest - len(rows[place].labels)] = IGNORED  # nothing comes before the first token
-        wanted = [at for at in range(1, longest) if any(labels[at] != IGNORED for labels in padded)]
-        if wanted:
-            keep = torch.tensor([at - 1 for at in wanted], device=model.device)  # the logits at t - 1 are those of t
+        padded = [[IGNORED] * (longest - len(rows[number].labels)) + list(rows[number].labels) for number in numbers]
+        for number, labels in zip(numbers, padded, strict=True):
+            labels[longest - len(rows[number].labels)] = IGNORED  # no token precedes the first one
+        positions = [p for p in range(1, longest) if any(labels[p] != IGNORED for labels in padded)]
+        if positions:
+            keep = torch.tensor([p - 1 for p in positions], device=model.device)  # the logits at t - 1 are those of t
             with torch.inference_mode():
                 logits = model(**batch, use_cache=False, logits_to_keep=keep).logits
-                targets = torch.tensor([[labels[at] for at in wanted] for labels in padded], device=model.device)
+                targets = torch.tensor([[labels[p] for p in positions] for labels in padded], device=model.device)
                 losses = torch.nn.functional.cross_entropy(
                     logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
                 ).view(targets.shape)
                 sums = losses.double().sum(-1) if losses.device.type != "mps" else losses.sum(-1)  # mps has no float64
             counts = (targets != IGNORED).sum(-1)
-            for place, nll, tokens in zip(places, sums.tolist(), counts.tolist(), strict=True):
-                result[place] = NegativeLogLikelihood(nll, tokens)
+            for number, nll, tokens in zip(numbers, sums.tolist(), counts.tolist(), strict=True):
+                result[number] = NegativeLogLikelihood(nll, tokens)
         else:
-            result.update({place: NegativeLogLikelihood(0.0, 0) for place in places})
-        done(len(places))
-    return [result[place] for place in range(len(rows))]
+            result.update({number: NegativeLogLikelihood(0.0, 0) for number in numbers})
+        done(len(numbers))
+    return [result[number] for number in range(len(rows))]
 
 
 def add_up(parts: Sequence[NegativeLogLikelihood]) -> NegativeLogLikelihood:
@@ -83,7 +83,7 @@ def add_up(parts: Sequence[NegativeLogLikelihood]) -> NegativeLogLikelihood:
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Row numbers by length, the longest first, as many at a time as fit into `BATCH_TOKENS`; one at least."""
+    """Yield batches of row numbers, longest rows first, each within `BATCH_TOKENS` or of one row."""
     waiting = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     while waiting:
         size = max(1, BATCH_TOKENS // max(1, lengths[waiting[0]]))
