@@ -1,1 +1,1 @@
-"""Training of an adapter. It knows nothing of Dagster and of the store. Front door: `stages`."""
+"""Training of an adapter. No Dagster and no artifact store here. Front door: `stages/by_name`."""

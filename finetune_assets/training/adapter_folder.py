@@ -26,11 +26,14 @@ def save_adapter(
     model: ModelSection,
     log: Log,
 ) -> None:
-    """Write the adapter and what belongs to it; nothing in it names this machine or this moment.
+    """Write the adapter, tokenizer, chat settings, log and curve; no file depends on the machine or the time.
 
     Args:
-        initial: where the adapter lies as it was before training, if it began with a part of the base's weights. What
-            is written is the difference of the two, a plain adapter of the base as it was.
+        initial: folder of the untrained adapter, if it began with principal components of the base's weights (PiSSA).
+            The difference of the two is written: a plain adapter of the unchanged base.
+
+    Raises:
+        StepFailed: a trained weight is not finite.
     """
     import torch
 
@@ -40,15 +43,15 @@ def save_adapter(
     network.peft_config["default"].base_model_name_or_path = model.model_name_or_path
     network.save_pretrained(
         str(out),
-        save_embedding_layers=False,  # "auto" would ask the Hub about the vocabulary
+        save_embedding_layers=False,  # "auto" would query the Hub about the vocabulary
         path_initial_model_for_weight_conversion=str(initial) if initial is not None else None,
     )
     if initial is not None:
         shutil.rmtree(initial)
-    (out / "README.md").unlink(missing_ok=True)  # PEFT's model card: an empty form
+    (out / "README.md").unlink(missing_ok=True)  # PEFT's model card is an empty template
     config = out / "adapter_config.json"
     settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["target_modules"] = sorted(settings["target_modules"])  # a set: its order differs from run to run
+    settings["target_modules"] = sorted(settings["target_modules"])  # a set, whose order differs between runs
     _write_json(config, settings)
     tokenizer.save_pretrained(out)
     _write_json(out / "chat.json", chat_settings(tokenizer, model.default_system))

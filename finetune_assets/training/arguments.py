@@ -42,7 +42,7 @@ def trainer_arguments(train: TrainSection, device: Device, out: Path, *, evaluat
         eval_strategy=train.eval_strategy if evaluate else "no",
         prediction_loss_only=True,
         logging_steps=train.logging_steps,
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen, not replaced by the mean of the others
+        logging_nan_inf_filter=False,  # a non-finite loss must be seen, not replaced by the mean of the others
         save_strategy="no",
         report_to="none",
         push_to_hub=False,

@@ -24,7 +24,7 @@ def explain_out_of_memory(train: TrainSection, device: Device) -> Iterator[None]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class of its own for accelerators only; on the CPU it is a RuntimeError with these words."""
+    """Return whether memory ran out; on the CPU, PyTorch raises a RuntimeError that only its text tells apart."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
@@ -34,17 +34,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _explanation(train: TrainSection, device: Device, error: BaseException) -> StepFailed:
     batch, accumulation = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    ways = []
+    remedies = []
     if batch > 1:
-        ways.append(
+        remedies.append(
             f"set train.per_device_train_batch_size: {batch // 2} and train.gradient_accumulation_steps: "
             f"{math.ceil(accumulation * batch / (batch // 2))} (the same rows per optimiser step)"
         )
     if train.disable_gradient_checkpointing:
-        ways.append("set train.disable_gradient_checkpointing: false (slower, far less memory)")
-    ways.append(f"lower train.cutoff_len (now {train.cutoff_len}), or take a smaller base model")
+        remedies.append("set train.disable_gradient_checkpointing: false (slower, much less memory)")
+    remedies.append(f"lower train.cutoff_len (now {train.cutoff_len}), or use a smaller base model")
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return StepFailed(
         f"out of memory on {device.name} ({device.memory_gib:.1f} GiB) with batches of {batch} rows: {first}",
-        "; or ".join(ways),
+        "; or ".join(remedies),
     )

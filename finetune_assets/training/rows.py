@@ -1,4 +1,4 @@
-"""Rows as token ids: read from a file of conversations, encoded, counted; those that teach nothing are left out."""
+"""Rows of a split as token ids and labels; rows without a label are left out and counted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """The rows of one file that have something to learn.
+    """Rows of one split that have at least one label.
 
     Attributes:
-        rows: in the file's order.
-        cut: how many of them lost their end at `cutoff_len`.
-        dropped: rows left out, because no token of an answer fits into `cutoff_len`.
+        rows: in the order of the file.
+        cut: number of rows truncated at `cutoff_len`.
+        dropped: number of rows left out, because no token of an answer is within `cutoff_len`.
     """
 
     rows: list[Encoded]
@@ -32,16 +32,16 @@ class EncodedRows:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows, prompts included."""
+        """Number of tokens of all rows, prompts included."""
         return sum(len(row.input_ids) for row in self.rows)
 
     @property
     def learnt_tokens(self) -> int:
-        """Tokens that have a label."""
+        """Number of tokens that have a label."""
         return sum(row.learnt for row in self.rows)
 
     def dataset(self) -> Dataset:
-        """The rows as TRL takes them: columns input_ids and labels, no tokenising left to do."""
+        """Return the rows as TRL expects them, tokenised: columns input_ids and labels."""
         from datasets import Dataset
 
         return Dataset.from_dict(
@@ -55,7 +55,7 @@ def encode_file(
     """Encode every row of a split.
 
     Raises:
-        BadInput: a line is no conversation, or the template refuses it (the message names file and line).
+        BadInput: a line is not a row, or the template cannot render it (the message names file and line).
     """
     encoded: list[Encoded] = []
     cut = dropped = 0

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def lora_config(train: TrainSection, network: PreTrainedModel) -> LoraConfig:
-    """The LoRA settings (https://arxiv.org/abs/2106.09685) for `network`.
+    """Return the LoRA settings (https://arxiv.org/abs/2106.09685) for `network`.
 
     Variants: rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948).
 
     Raises:
-        BadInput: train.lora_target names a module that the model does not have, or that cannot be adapted.
+        BadInput: train.lora_target names a module that the model does not have, or that LoRA cannot adapt.
     """
     from peft import LoraConfig
 
@@ -38,10 +38,10 @@ def lora_config(train: TrainSection, network: PreTrainedModel) -> LoraConfig:
     )
 
 
-def lora_targets(wanted: str, network: PreTrainedModel) -> list[str]:
-    """The names of the linear layers to adapt: all but the output layer, or those of a comma-separated list.
+def lora_targets(target: str, network: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers to adapt: all but the output layer, or those of a comma-separated list.
 
-    Each name is checked, since PEFT passes over unknown ones without a word.
+    Each name is checked, since PEFT silently ignores unknown names.
     """
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
@@ -54,9 +54,9 @@ def lora_targets(wanted: str, network: PreTrainedModel) -> list[str]:
             if isinstance(module, (Linear, Conv1D)) and module is not head
         }
     )
-    if wanted == "all":
+    if target == "all":
         return known
-    names = list(dict.fromkeys(name.strip() for name in wanted.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in target.split(",") if name.strip()))
     for name in names:
         if name not in known:
             raise BadInput(

@@ -1,1 +1,1 @@
-"""What is recorded while a model is trained: the log of steps and the loss curve."""
+"""Records of a training run: log of steps, loss curve, peak memory."""

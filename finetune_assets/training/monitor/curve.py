@@ -1,4 +1,4 @@
-"""The training curve as a small picture: loss of each logged step, smoothed, and the validation loss."""
+"""Picture of the training curve: loss of each logged step, smoothed loss, and validation loss."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMOOTHING = 0.8  # weight of the past in the running mean
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Exponential running mean without the pull towards zero at the start (bias correction as in Adam)."""
+    """Return the exponential running mean, with bias correction at the start as in Adam."""
     running, smoothed = 0.0, []
     for count, value in enumerate(values, 1):
         running = SMOOTHING * running + (1 - SMOOTHING) * value
@@ -20,7 +20,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def draw(path: Path, losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> None:
-    """Write a PNG of about 640 x 400 pixels, well under 100 kB. The same numbers give the same bytes.
+    """Write a PNG of 640 x 400 pixels, well below 100 kB. The same numbers give the same bytes.
 
     Args:
         losses: (step, training loss in nats per learnt token).

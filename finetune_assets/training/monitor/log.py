@@ -1,4 +1,4 @@
-"""What a training run says while it runs: one event per logged step and per validation."""
+"""Events of a training run: one for each logged step and for each validation."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """Turns the trainer's log entries into events, and keeps what is the same in every run of the same inputs.
+    """Log of a training run: turns the trainer's entries into events, and keeps them for training_log.jsonl.
 
     Args:
         progress: is called with each event.
-        total_tokens: that the whole run will read, prompts included; 0 if steps, not epochs, end it.
+        total_tokens: tokens that the whole run will read, prompts included; 0 if a number of steps ends it.
     """
 
     def __init__(self, progress: Progress, total_tokens: int):
         self.progress = progress
         self.total_tokens = total_tokens
-        # no times in here: the file made of it must not differ between two runs
+        # without times: two runs of the same inputs must write the same file
         self.entries: list[StepProgress | Validation] = []
         self.losses: list[tuple[int, float]] = []  # (step, loss)
         self.validation_losses: list[tuple[int, float]] = []
@@ -33,14 +33,14 @@ class Log:
         self._began = time.monotonic()
 
     def begin(self) -> None:
-        """Training starts now."""
+        """Start the clock."""
         self._began = time.monotonic()
 
     def step(self, step: int, steps: int, epoch: float, logs: dict[str, Any]) -> None:
-        """A logged optimiser step.
+        """Log an optimiser step.
 
         Raises:
-            StepFailed: the loss is not a finite number any more.
+            StepFailed: the loss is not finite.
         """
         loss = float(logs["loss"])
         self.tokens, self.seconds = int(logs["num_tokens"]), time.monotonic() - self._began
@@ -67,7 +67,7 @@ class Log:
         self.progress(entry.model_copy(update={"tokens_per_second": speed, "seconds_left": left}))
 
     def validation(self, step: int, epoch: float, loss: float) -> None:
-        """A validation loss, in nats per learnt token."""
+        """Log a validation loss, in nats per learnt token."""
         entry = Validation(step=step, epoch=round(epoch, 4), loss=loss)
         self.entries.append(entry)
         self.validation_losses.append((step, loss))
@@ -75,7 +75,7 @@ class Log:
 
 
 def callback(log: Log) -> TrainerCallback:
-    """A trainer callback that feeds `log`."""
+    """Return a trainer callback that fills `log`."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -84,7 +84,7 @@ def callback(log: Log) -> TrainerCallback:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step >= state.max_steps:
-                control.should_log = True  # the last step counts, also where logging_steps passes over it
+                control.should_log = True  # log the last step even if logging_steps skips it
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:

@@ -1,4 +1,4 @@
-"""Memory that training takes."""
+"""Memory that a training run uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finetune_assets.machine.device import Device
 
 
 def peak_memory_gib(device: Device) -> float:
-    """The most memory taken at any time: the accelerator's on cuda, this process's main memory elsewhere."""
+    """Return the peak memory of this process: on cuda that of the accelerator, elsewhere main memory."""
     if device.kind == "cuda":
         import torch
 

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: a base model and rows in, a LoRA adapter with everything needed to use it out.
+"""Supervised fine-tuning: trains a LoRA adapter of a base model on the rows of a split.
 
-TRL's SFTTrainer over PEFT, fed with token ids (the chat template is applied in one place, `chat.template`). On a CPU
-in fp32 the same inputs give the same bytes. Not in here: other stages, several GPUs, resuming in mid-run.
+TRL's SFTTrainer with PEFT gets token ids, since `chat.template` is the one place that applies the chat template. On a
+CPU in fp32 the same inputs give the same bytes. Several GPUs and resuming a run are not supported.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def train(
 
     Args:
         base: Hugging Face folder of the base model (safetensors).
-        rows: conversations to learn, JSON Lines.
-        validation: conversations to measure the loss on; None or an empty file for none.
-        out: gets adapter, tokenizer with chat template, chat.json, training_log.jsonl and loss.png.
-        progress: is called with each event (see `training.watch`).
+        rows: split to learn.
+        validation: split to measure the validation loss on; None or an empty file for none.
+        out: receives adapter, tokenizer with chat template, chat.json, training_log.jsonl and loss.png.
+        progress: is called with each event of `training.monitor.log`.
 
     Returns:
-        The report: counts of rows, tokens and parameters, losses (nats per learnt token), speed (tokens of prompts
-        and answers per second, padding not counted), seconds, peak memory (GiB), device and precision.
+        the report: numbers of rows, tokens and parameters, losses (nats per learnt token), speed (tokens per second,
+        prompts included, padding not), seconds, peak memory (GiB), device and precision.
 
     Raises:
-        BadInput: rows or settings do not fit the base model, or nothing is left to learn.
-        StepFailed: out of memory, or the loss became infinite.
+        BadInput: rows or settings do not fit the base model, or no row has a label.
+        StepFailed: memory ran out, or the loss or a weight is not finite.
     """
     progress(message(f"loading the base model on {device.name} in {device.precision}"))
     tokenizer = load_tokenizer(base, trust_remote_code=model.trust_remote_code)
@@ -69,7 +69,7 @@ def train(
         raise BadInput(
             f"{rows.name} has no row to learn from ({data.dropped} rows have no token of an answer within "
             f"train.cutoff_len = {train.cutoff_len})",
-            "raise train.cutoff_len, or look at the data sets",
+            "raise train.cutoff_len, or check the data sets",
         )
     held = encode_file(validation, tokenizer, train, model) if validation else EncodedRows([], 0, 0)
     with explain_out_of_memory(train, device):
