@@ -1,4 +1,4 @@
-"""From registered files to splits: what counts as the same data, what is held out, what is refused."""
+"""Splits of registered files: what counts as the same data, what is held out, what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.conftest import rows
 
 
 class Data:
-    """A data folder, and what prepare makes of it."""
+    """A data folder, and the splits that `prepare` makes of it."""
 
     def __init__(self, folder: Path):
         self.folder = folder / "data"
@@ -36,14 +36,14 @@ class Data:
         (self.folder / name).write_text(text, encoding="utf-8")
 
     def prepare(self, keep_order: bool = False, **section: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """Facts, and the text of each split."""
+        """Return the metrics, and the text of each split."""
         self.runs += 1
         raw, out = self.folder.parent / f"raw{self.runs}", self.folder.parent / f"out{self.runs}"
         raw.mkdir()
         out.mkdir()
-        made = DatasetSection(**{"dataset": ["facts"], "test_size": 2, **section})
-        snapshot.take(self.folder, made.dataset, raw)
-        facts = prepare(raw, made, out, keep_order=keep_order)
+        dataset = DatasetSection(**{"dataset": ["facts"], "test_size": 2, **section})
+        snapshot.take(self.folder, dataset.dataset, raw)
+        facts = prepare(raw, dataset, out, keep_order=keep_order)
         return facts, {name: (out / f"{name}.jsonl").read_text(encoding="utf-8") for name in SPLITS}
 
     def complaint(self, **section: Any) -> str:
@@ -54,9 +54,9 @@ class Data:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
-    made = Data(tmp_path)
-    made.write(rows())
-    return made
+    folder = Data(tmp_path)
+    folder.write(rows())
+    return folder
 
 
 def test_reformatting_reordering_and_json_lines_change_nothing(data: Data):
@@ -88,14 +88,14 @@ def test_a_conversation_holds_system_history_question_and_answer(data: Data):
     }
     data.write([*rows(2), row])
     _, splits = data.prepare(test_size=0)
-    found = [json.loads(line)["messages"] for line in splits["train"].splitlines()]
+    conversations = [json.loads(line)["messages"] for line in splits["train"].splitlines()]
     assert [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hi"},
         {"role": "user", "content": "And now?\nB & C"},
         {"role": "assistant", "content": "D"},
-    ] in found
+    ] in conversations
 
 
 def test_renamed_columns_leave_the_others_as_they_are(data: Data):
@@ -128,15 +128,15 @@ questions = st.lists(st.text(alphabet="abAB 是?", min_size=1, max_size=3), min_
 @given(questions, st.floats(0, 0.4), st.floats(0, 0.4), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
 def test_no_question_is_in_two_splits_and_no_row_is_lost(asked: list[str], val: float, test: float, seed: int):
-    made = [
+    all_rows = [
         Row("d", ({"role": "user", "content": text}, {"role": "assistant", "content": str(n)}))
         for n, text in enumerate(asked)
     ]
-    parts = split(made, val_size=val, test_size=test, seed=seed)
-    found = [{row.question for row in part} for part in (parts.train, parts.validation, parts.test)]
-    assert not (found[0] & found[1] or found[0] & found[2] or found[1] & found[2])
+    parts = split(all_rows, val_size=val, test_size=test, seed=seed)
+    asked_in = [{row.question for row in part} for part in (parts.train, parts.validation, parts.test)]
+    assert not (asked_in[0] & asked_in[1] or asked_in[0] & asked_in[2] or asked_in[1] & asked_in[2])
     assert sorted(row.id for part in (parts.train, parts.validation, parts.test) for row in part) == sorted(
-        row.id for row in made
+        row.id for row in all_rows
     )
 
 

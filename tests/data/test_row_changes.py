@@ -1,4 +1,4 @@
-"""Which rows changed, in words: whatever is done to a file, what is said of it is true, or nothing is said."""
+"""Descriptions of changed rows: whatever happens to a file, the description is true or absent."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_splits(tmp_path: Path):
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_the_counts_add_up(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    """Whatever rows there are and were: after - before = added - removed; and a change back says the reverse."""
+    """For any rows: after - before = added - removed, and the change back is described as the reverse."""
     folder = tmp_path_factory.mktemp("rows")
     some = st.lists(st.builds(row, st.sampled_from("abcd"), st.sampled_from("xyz")), min_size=1, max_size=8)
     before, after = data.draw(some), data.draw(some)

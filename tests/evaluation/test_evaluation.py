@@ -1,4 +1,4 @@
-"""Base against tuned: batching changes nothing, perplexity is what it says, and only test rows are scored."""
+"""Base against tuned model: batching changes nothing, perplexity is correct, and only test rows are scored."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def prompts_of(chat: Chat) -> list[list[int]]:
 def test_batched_answers_equal_single_ones_and_those_of_transformers(model: Any, chat: Chat) -> None:
     prompts = prompts_of(chat)
     # A random model never stops by itself: let it stop at a token that it says early in one row and never in another.
-    long = [said(model, prompt, stop=None) for prompt in prompts]
+    long = [generated(model, prompt, stop=None) for prompt in prompts]
     stop = next(t for t in long[0][2:8] if any(t not in row for row in long))
     stopping = Chat(chat.tokenizer, None, [stop])
     batched = generate(model, stopping, prompts, max_new_tokens=12, batch_size=3)
@@ -74,16 +74,16 @@ def test_batched_answers_equal_single_ones_and_those_of_transformers(model: Any,
     assert batched == single
     assert {answer.ended for answer in batched} == {True, False}
     for answer, prompt in zip(batched, prompts, strict=True):
-        ids = said(model, prompt, stop=stop)
+        ids = generated(model, prompt, stop=stop)
         assert answer.tokens == len(ids)
         words = chat.tokenizer.decode([i for i in ids if i != stop], skip_special_tokens=True)
         assert answer.text == str(words).strip()
 
 
-def said(model: Any, prompt: list[int], *, stop: int | None) -> list[int]:
-    """The new tokens by transformers' own generate()."""
+def generated(model: Any, prompt: list[int], *, stop: int | None) -> list[int]:
+    """Return the new tokens of transformers' own generate()."""
     ids = torch.tensor([prompt])
-    made = model.generate(
+    output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=12,
@@ -91,7 +91,7 @@ def said(model: Any, prompt: list[int], *, stop: int | None) -> list[int]:
         eos_token_id=-1 if stop is None else stop,
         pad_token_id=0,
     )
-    return made[0, len(prompt) :].tolist()
+    return output[0, len(prompt) :].tolist()
 
 
 def test_out_of_memory_halves_the_batch(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,16 +114,18 @@ def test_out_of_memory_halves_the_batch(model: Any, chat: Chat, monkeypatch: pyt
 def test_perplexity_equals_a_plain_forward_pass(model: Any, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perplexity, "BATCH_TOKENS", 200)  # several batches, some with more than one row
     rows = [encode_row(chat.tokenizer, messages) for messages in CONVERSATIONS]
-    found = perplexity.negative_log_likelihoods(model, rows)
-    for row, likelihood in zip(rows, found, strict=True):
+    likelihoods = perplexity.negative_log_likelihoods(model, rows)
+    for row, likelihood in zip(rows, likelihoods, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].double()
         places = [at for at, label in enumerate(row.labels) if at and label != IGNORED]
         plain = -sum(logits[at - 1].log_softmax(-1)[row.labels[at]].item() for at in places)
         assert likelihood.tokens == len(places) == row.learnt
         assert likelihood.nll == pytest.approx(plain, rel=1e-5)
-    total = perplexity.add_up(found)
-    assert total.perplexity == pytest.approx(math.exp(sum(s.nll for s in found) / sum(s.tokens for s in found)))
+    total = perplexity.add_up(likelihoods)
+    assert total.perplexity == pytest.approx(
+        math.exp(sum(s.nll for s in likelihoods) / sum(s.tokens for s in likelihoods))
+    )
 
 
 def test_a_row_that_is_cut_before_its_answer_has_no_likelihood(model: Any, chat: Chat) -> None:

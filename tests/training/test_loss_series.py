@@ -1,4 +1,4 @@
-"""Training a tiny model gives the losses on record: nothing moves them without being noticed."""
+"""Losses of a tiny model in training, compared with the recorded ones: a change of the arithmetic fails here."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_the_losses_are_those_on_record(name: str, tmp_path: Path) -> None:
     "change", [{"lora_alpha": 9}, {"train_on_prompt": True}, {"seed": 43}, {"warmup_steps": 3}], ids=str
 )
 def test_a_setting_that_changes_training_changes_the_losses(change: dict[str, Any], tmp_path: Path) -> None:
-    """Guards the test above: the record tells apart what it is meant to tell apart."""
+    """Guards the test above: it must fail when a setting changes the arithmetic."""
     assert not agrees(loss_series({**RUNS["sft, lora"], **change}, tmp_path), recorded("sft, lora"))

@@ -1,4 +1,4 @@
-"""PiSSA: the adapter begins as the base's principal components, and ends as a plain one that any tool can merge."""
+"""PiSSA: the adapter starts as the base's principal components and is saved as a plain LoRA adapter."""
 
 from __future__ import annotations
 

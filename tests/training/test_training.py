@@ -1,4 +1,4 @@
-"""Training a tiny model: the adapter is whole, portable and the same every time; what goes wrong is explained."""
+"""Training of a tiny model: the adapter is complete, portable and reproducible; failures are explained."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FAST: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread():
-    """Threads cost more than they bring on matrices this small, above all on a busy machine."""
+    """Train on one thread: on matrices this small, threads cost more than they gain."""
     import torch
 
     before = torch.get_num_threads()
@@ -83,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_the_adapter_is_whole_and_says_nothing_about_this_machine(run, base: Path, tmp_path: Path) -> None:
+def test_the_adapter_is_complete_and_names_nothing_of_this_machine(run, base: Path, tmp_path: Path) -> None:
     report, events, out = run(validation=ROWS[:2])
     files = contents(out)
     assert set(files) == {
@@ -118,7 +118,7 @@ def test_the_adapter_is_whole_and_says_nothing_about_this_machine(run, base: Pat
 
 
 def test_the_first_loss_is_that_of_the_labelled_tokens_alone(run, base: Path) -> None:
-    """Computed anew, with plain PyTorch, from the whole logits: guards labels, padding and averaging."""
+    """Compute it again with plain PyTorch from all logits: guards labels, padding and averaging."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -179,7 +179,7 @@ def test_variants_of_lora(run, changes: dict[str, Any]) -> None:
 
 
 def test_learning_an_answer_by_heart_and_loading_it_again(run, base: Path) -> None:
-    """The end to end of it: the saved adapter, loaded over the base, says what was taught, and stops."""
+    """Load the saved adapter over the base: it gives the learnt answer, and stops."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -312,7 +312,7 @@ def test_precision_on_a_gpu(
 
 
 def test_a_date_in_prompts_goes_with_the_model(base: Path, tmp_path: Path) -> None:
-    """Whoever serves it, on whatever day, makes the prompts that it was trained with."""
+    """Prompts are those of training, whoever serves the model and on whatever day."""
     from finetune_assets.chat.named_templates import CHATML
     from finetune_assets.chat.pinning import pinned
 
