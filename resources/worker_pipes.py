@@ -1,7 +1,7 @@
 """Heavy work of a Dagster step in a process of its own, through a Dagster Pipes session.
 
 Dagster's own PipesSubprocessClient interrupts the direct child only and leaves one that ignores it alive; here
-`process.launch` starts and ends the child, with everything that it started, and the session goes around that.
+`worker.launch` starts and ends the child, with everything that it started, and the session goes around that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dagster_pipes import PipesContextData, PipesParams
 
 from finetune_assets.reporting.events import Progress
 from finetune_assets.worker import launch
+from finetune_assets.worker.tasks.task import Task
 from resources.gpu import Lease
 
 
@@ -35,14 +36,14 @@ class CarriedByLaunch(dg.PipesContextInjector, dg.PipesMessageReader):
 
 def run_worker(
     context: dg.AssetExecutionContext,
-    job: dict[str, Any],
+    task: Task,
     progress: Progress,
     *,
     lease: Lease,
     worker: Sequence[str] = launch.WORKER,
     grace_seconds: float = launch.GRACE_SECONDS,
 ) -> dict[str, Any]:
-    """Do `job` on the leased device in a child of this step; what the child logs is in Dagster's log at once.
+    """Do a task on the leased device in a child of this step; what the child logs is in Dagster's log at once.
 
     Raises:
         BadInput, StepFailed: as `launch.run`.
@@ -50,7 +51,7 @@ def run_worker(
     carried = CarriedByLaunch()
     with dg.open_pipes_session(context, carried, carried) as session:
         return launch.run(
-            job,
+            task,
             progress,
             env=lease.environment,
             held=[lease.lock],

@@ -12,6 +12,7 @@ from finetune_assets.evaluation.scored_row import SIDES
 from finetune_assets.evaluation.summary import table as markdown
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.worker.tasks.evaluate import Evaluate
 from resources.gpu import POOL
 
 CONTENT = ["metrics.json", "predictions.jsonl"]
@@ -19,18 +20,17 @@ CONTENT = ["metrics.json", "predictions.jsonl"]
 
 def build(step: Step) -> Made:
     recipe, data = step.recipe, step.inputs["dataset_info"].path
-    job = {
-        "task": "evaluate",
-        "base": str(step.inputs["base_model"].path),
-        "adapter": str(step.inputs["lora_adapter"].path),
-        "out": str(step.staging),
-        "rows": str(data / "train.jsonl"),
-        "test": str(data / "test.jsonl"),
-        "train": recipe.train.model_dump(),
-        "model": recipe.model.model_dump(),
-        "evaluate": recipe.evaluate.model_dump(),
-    }
-    return Made(step.launch(job), content=CONTENT)
+    task = Evaluate(
+        out=step.staging,
+        model=recipe.model,
+        base=step.inputs["base_model"].path,
+        adapter=step.inputs["lora_adapter"].path,
+        rows=data / "train.jsonl",
+        test=data / "test.jsonl",
+        train=recipe.train,
+        evaluate=recipe.evaluate,
+    )
+    return Made(step.launch(task), content=CONTENT)
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,8 @@ from finetune_assets.recipe.gguf_types import IMATRIX_TYPES
 from finetune_assets.reporting.events import message
 from finetune_assets.reporting.pictures import embedded
 from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.worker.tasks.imatrix import Imatrix
+from finetune_assets.worker.tasks.prove import Prove
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
@@ -31,69 +34,82 @@ LISTED = 5  # names of tensors on the page
 
 
 def build(step: Step) -> Made:
-    merged, data, gguf = step.inputs["merged_model"].path, step.inputs["dataset_info"].path, step.recipe.gguf
-
-    def measure(source: Path, matrix: Path) -> None:
-        step.launch(
-            {
-                "task": "imatrix",
-                "out": str(step.staging),
-                "merged": str(merged),
-                "gguf": str(source),
-                "rows": str(data / f"{gguf.imatrix}.jsonl"),
-                "file": str(matrix),
-                "model": step.recipe.model.model_dump(),
-            }
-        )
-
     # whoever serves a file needs its stop tokens
-    shutil.copyfile(merged / "chat.json", step.staging / "chat.json")
-    inputs = GgufInputs(
-        merged,
-        gguf.types,
-        step.staging,
-        name=step.recipe.name,
-        about={
-            "general.base_models": [base_model.description(step.recipe.model, step.project.root)],
-            "general.datasets": [{"name": name} for name in step.recipe.dataset.dataset],
-        },
-        cache=step.project.cache,
-        trust_remote_code=step.recipe.model.trust_remote_code,
-        kept=_kept(step.previous, step.ingredients),
-        measure=measure if gguf.imatrix else None,
-    )
-    facts = make_gguf(inputs, step.progress)
-    report = step.launch(
-        {
-            "task": "prove",
-            "out": str(step.staging),
-            "files": {kind: str(step.staging / entry["file"]) for kind, entry in facts.items()},
-            "merged": str(merged),
-            "held_out": str(data / "test.jsonl"),
-            "max_kl": gguf.max_kl,
-            "recorded": _recorded(step.previous, step.ingredients),
-            "written": {kind: entry["sha256"] for kind, entry in facts.items()},
-            "model": step.recipe.model.model_dump(),
-        }
-    )
-    figures = report["figures"]
-    parts = {kind: [entry["file"], "chat.json"] for kind, entry in facts.items()}
-    if len(facts) > 1:
-        draw(step.staging / PICTURE, {kind: (facts[kind]["bytes"], figures[kind]["kl"]) for kind in facts})
+    shutil.copyfile(step.inputs["merged_model"].path / "chat.json", step.staging / "chat.json")
+    files = make_gguf(_inputs(step), step.progress)
+    figures = step.launch(_proof(step, files))["figures"]
+    if len(files) > 1:
+        draw(step.staging / PICTURE, {kind: (files[kind]["bytes"], figures[kind]["kl"]) for kind in files})
     changed = step.inputs["merged_model"].metrics["check"]["kl_from_base"]
+    for warning in near_the_base({kind: entry["kl"] for kind, entry in figures.items()}, changed):
+        step.progress(message(warning))
     metrics: dict[str, Any] = {
-        "types": {kind: {**facts[kind], **figures[kind]} for kind in facts},
+        "types": {kind: {**files[kind], **figures[kind]} for kind in files},
         "checks": list(CHECKS),
         "kl_from_base": changed,
+        **_imatrix_metrics(step, files),
     }
-    for text in near_the_base({kind: entry["kl"] for kind, entry in figures.items()}, changed):
-        step.progress(message(text))
-    content = {name for files in parts.values() for name in files}
-    if (matrix := step.staging / imatrix_file.FILE).is_file():
-        weighed = next(step.staging / entry["file"] for kind, entry in facts.items() if kind in IMATRIX_TYPES)
-        metrics["imatrix"] = {"rows": gguf.imatrix, **imatrix_file.facts(matrix, weighed)}
-        content.add(matrix.name)
+    parts = {kind: [entry["file"], "chat.json"] for kind, entry in files.items()}
+    content = {name for names in parts.values() for name in names}
+    if "imatrix" in metrics:
+        content.add(imatrix_file.FILE)
     return Made(metrics, parts=parts, content=sorted(content))
+
+
+def _inputs(step: Step) -> GgufInputs:
+    """Return what the files are made from."""
+    recipe = step.recipe
+    return GgufInputs(
+        step.inputs["merged_model"].path,
+        recipe.gguf.types,
+        step.staging,
+        name=recipe.name,
+        about={
+            "general.base_models": [base_model.description(recipe.model, step.project.root)],
+            "general.datasets": [{"name": name} for name in recipe.dataset.dataset],
+        },
+        cache=step.project.cache,
+        trust_remote_code=recipe.model.trust_remote_code,
+        kept=_kept(step.previous, step.ingredients),
+        measure=functools.partial(_measure, step) if recipe.gguf.imatrix else None,
+    )
+
+
+def _measure(step: Step, source: Path, matrix: Path) -> None:
+    """Write the importance matrix of a GGUF file of full precision."""
+    step.launch(
+        Imatrix(
+            out=step.staging,
+            model=step.recipe.model,
+            merged=step.inputs["merged_model"].path,
+            gguf=source,
+            rows=step.inputs["dataset_info"].path / f"{step.recipe.gguf.imatrix}.jsonl",
+            file=matrix,
+        )
+    )
+
+
+def _proof(step: Step, files: Mapping[str, Mapping[str, Any]]) -> Prove:
+    """Return the task that compares the files with the merged model."""
+    return Prove(
+        out=step.staging,
+        model=step.recipe.model,
+        merged=step.inputs["merged_model"].path,
+        held_out=step.inputs["dataset_info"].path / "test.jsonl",
+        files={kind: step.staging / entry["file"] for kind, entry in files.items()},
+        max_kl=step.recipe.gguf.max_kl,
+        recorded=_recorded(step.previous, step.ingredients),
+        written={kind: entry["sha256"] for kind, entry in files.items()},
+    )
+
+
+def _imatrix_metrics(step: Step, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the manifest records of the importance matrix, if there is one."""
+    matrix = step.staging / imatrix_file.FILE
+    if not matrix.is_file():
+        return {}
+    user = next(step.staging / entry["file"] for kind, entry in files.items() if kind in IMATRIX_TYPES)
+    return {"imatrix": {"rows": step.recipe.gguf.imatrix, **imatrix_file.facts(matrix, user)}}
 
 
 def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
@@ -108,14 +124,14 @@ def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, tup
     return {kind: (previous.path / file, digests[file]["sha256"]) for kind, file in there.items() if kind in kept}
 
 
-def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Figures]:
     """The previous artifact's figures of files that are kept, if nothing else has changed that they depend on."""
     if previous is None:
         return {}
     types = previous.metrics["types"]
     names = [field.name for field in dataclasses.fields(Figures)]
     kept = kept_figures(previous.manifest["ingredients"], wanted, types)
-    return {kind: {name: entry[name] for name in names} for kind, entry in types.items() if kind in kept}
+    return {kind: Figures(**{name: entry[name] for name in names}) for kind, entry in types.items() if kind in kept}
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

@@ -13,6 +13,7 @@ from finetune_assets.export.preflight.exportable import check_exportable
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.reporting.pictures import embedded
 from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.worker.tasks.train import Train
 from resources.gpu import POOL
 
 LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt
@@ -44,17 +45,16 @@ def build(step: Step) -> Made:
         step.progress,
         trust_remote_code=step.recipe.model.trust_remote_code,
     )
-    job = {
-        "task": "train",
-        "base": str(base.path),
-        "vocabulary": str(vocabulary),
-        "out": str(step.staging),
-        "rows": str(data / "train.jsonl"),
-        "validation": str(data / "validation.jsonl"),
-        "train": step.recipe.train.model_dump(),
-        "model": step.recipe.model.model_dump(),
-    }
-    report = step.launch(job)
+    task = Train(
+        out=step.staging,
+        model=step.recipe.model,
+        base=base.path,
+        rows=data / "train.jsonl",
+        validation=data / "validation.jsonl",
+        vocabulary=vocabulary,
+        train=step.recipe.train,
+    )
+    report = step.launch(task)
     content = [path.name for path in sorted(step.staging.iterdir()) if path.name not in LOOKS]
     return Made(report, content=content)
 

@@ -11,6 +11,7 @@ from finetune_assets.assets.step_asset import StepAsset, figure, table
 from finetune_assets.lineage.materialise import Step
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.worker.tasks.merge import Merge
 from resources.gpu import POOL
 
 
@@ -22,16 +23,15 @@ def build(step: Step) -> Made:
             f"{base.fingerprint}, the one of the recipe",
             f"materialise {step.recipe.name}/lora_adapter first",
         )
-    job = {
-        "task": "merge",
-        "out": str(step.staging),
-        "base": str(base.path),
-        "adapter": str(adapter.path),
-        "held_out": str(step.inputs["dataset_info"].path / "test.jsonl"),
-        "export": step.recipe.export.model_dump(),
-        "model": step.recipe.model.model_dump(),
-    }
-    return Made(step.launch(job))
+    task = Merge(
+        out=step.staging,
+        model=step.recipe.model,
+        base=base.path,
+        adapter=adapter.path,
+        held_out=step.inputs["dataset_info"].path / "test.jsonl",
+        export=step.recipe.export,
+    )
+    return Made(step.launch(task))
 
 
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:

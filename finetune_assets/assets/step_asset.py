@@ -24,6 +24,7 @@ from finetune_assets.reporting.events import Begin, Done, Event, Message, Progre
 from finetune_assets.reporting.masking import mask, masked_error
 from finetune_assets.reporting.printable import printable
 from finetune_assets.store.artifact import Artifact, Made
+from finetune_assets.worker.tasks.task import Task
 from resources.dead_runs import tag_run
 from resources.gpu import GpuResource
 from resources.worker_pipes import run_worker
@@ -93,10 +94,10 @@ def _run(
     publish(spec.name, Begin())
     tag_run(context)
 
-    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    def launch(task: Task, progress: Progress) -> dict[str, Any]:
         gpu: GpuResource = getattr(context.resources, mount.gpu)
         with gpu.lease(progress) as lease:
-            return run_worker(context, {**job, "device": gpu.device}, progress, lease=lease)
+            return run_worker(context, task.model_copy(update={"device": gpu.device}), progress, lease=lease)
 
     force = context.run.tags.get(FORCE_TAG) == "true"
     forced = [spec.name] if force else []

@@ -20,8 +20,9 @@ from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.worker import launch as process
+from finetune_assets.worker.tasks.task import Task
 
-Launch = Callable[[dict[str, Any], Progress], dict[str, Any]]
+Launch = Callable[[Task, Progress], dict[str, Any]]
 RECORDED = (
     *("accelerate", "dagster", "finetune-assets", "gguf", "jieba", "nltk"),
     *("peft", "torch", "transformers", "trl", "xllamacpp"),
@@ -38,7 +39,7 @@ class Step:
         previous: the last artifact of this asset if it is whole, for parts that can be kept.
         ingredients: those of the fingerprint of the artifact being built.
         progress: reports events of the step.
-        launch: does a job in a process of its own and returns its report; see `process.worker` for the jobs.
+        launch: runs a task in a child process and returns its report.
     """
 
     recipe: Recipe
@@ -48,7 +49,7 @@ class Step:
     previous: Artifact | None
     ingredients: Mapping[str, Any]
     progress: Progress
-    launch: Callable[[dict[str, Any]], dict[str, Any]]
+    launch: Callable[[Task], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def materialise(
     """Make the asset's artifact unless a valid one is published, and record it as the current one.
 
     Args:
-        launch: does jobs of the body in a process of their own, and passes on their events.
+        launch: runs tasks of the body in child processes and passes on their events.
 
     Raises:
         StepFailed: an upstream was never made, or the body failed; nothing is published.
@@ -96,7 +97,14 @@ def materialise(
         started = time.monotonic()
         previous = None if force else _previous(recipe, asset, store)
         step = Step(
-            recipe, project, inputs, staging, previous, wanted.ingredients, progress, lambda job: launch(job, progress)
+            recipe,
+            project,
+            inputs,
+            staging,
+            previous,
+            wanted.ingredients,
+            progress,
+            lambda task: launch(task, progress),
         )
         made = body(step)
         if sources_of(node, recipe, project, store.digests) != sources:

@@ -18,7 +18,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, Self
 
 from dagster_pipes import (
     DAGSTER_PIPES_CONTEXT_ENV_VAR,
@@ -35,19 +36,12 @@ from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.reporting.events import Progress
 from finetune_assets.worker import guard
 from finetune_assets.worker.protocol import Failure, Report, read_message
+from finetune_assets.worker.tasks.task import Task
 
 GRACE_SECONDS = 10.0
 TAIL_LINES = 15
 
 WORKER = (sys.executable, "-m", "finetune_assets.worker")
-LESS_MEMORY = {
-    "train": "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps; "
-    "train.disable_gradient_checkpointing: false takes far less memory",
-    "evaluate": "lower evaluate.per_device_eval_batch_size",
-    "merge": "the model must fit into memory once, in the precision of its weights",
-    "imatrix": "the model must fit into memory once; or leave gguf.imatrix out",
-    "prove": "make fewer or smaller gguf.types at a time",
-}
 NO_RUN = PipesContextData(
     asset_keys=None,
     code_version_by_asset_key=None,
@@ -64,7 +58,7 @@ NO_RUN = PipesContextData(
 
 
 def run(
-    job: dict[str, Any],
+    task: Task,
     progress: Progress,
     *,
     env: Mapping[str, str] | None = None,
@@ -74,87 +68,137 @@ def run(
     worker: Sequence[str] = WORKER,
     grace_seconds: float = GRACE_SECONDS,
 ) -> dict[str, Any]:
-    """Do `job` in a child process and wait for it; the report is returned.
+    """Do a task in a child process, wait for it and return its report.
 
     Whatever ends the wait early (Ctrl-C, a terminated run, an exception out of `progress`) ends the child's whole
     process group first: TERM, `grace_seconds`, KILL. So does the death of this process, however it comes.
 
     Args:
-        job: what to do; see `process.worker`.
         progress: is called with each event, in this thread.
         env: environment variables for the child, besides those of this process that it needs (`child_environment`).
-        context: the Dagster run that the job is part of.
+        context: the Dagster run that the task is part of.
         on_message: is called with each other Pipes message (opened, log, closed, ...), in this thread.
         held: descriptors that stay open until everything of the child is gone, also if this process dies: of locks.
-        worker: the command; it finds the job by the two environment variables of Dagster Pipes.
+        worker: the command; it finds the task by the two environment variables of Dagster Pipes.
 
     Raises:
         BadInput, StepFailed: as raised in the child, or StepFailed when the child died without a word.
     """
-    with contextlib.ExitStack() as stack:
-        told: PipesContextData = {**context, "extras": {**context["extras"], "job": job}}
-        context_end = _filled_pipe(json.dumps(told).encode())
-        stack.callback(os.close, context_end)
+    with Child(task, worker, grace_seconds) as child:
+        child.start(env or {}, context, held)
+        outcome = child.listen(progress, on_message)
+        status = child.wait()
+    if isinstance(outcome, Failure):
+        raise outcome.as_error()
+    if outcome is None:
+        raise child.unexplained(status)
+    return outcome.report
+
+
+class Child:
+    """A worker process with its guard; a context manager, at whose end nothing of the child is left."""
+
+    def __init__(self, task: Task, worker: Sequence[str], grace_seconds: float):
+        self._task = task
+        self._worker = worker
+        self._grace_seconds = grace_seconds
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)  # of what the child's libraries print
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stack.close()
+
+    def start(self, env: Mapping[str, str], context: PipesContextData, held: Sequence[int]) -> None:
+        """Start the guard, which starts the worker; see `run` for the arguments."""
+        job = self._task.model_dump(mode="json")
+        extended: PipesContextData = {**context, "extras": {**context["extras"], "job": job}}
+        context_end = _filled_pipe(json.dumps(extended).encode())
+        self._stack.callback(os.close, context_end)
         messages_end, messages_write = os.pipe()
-        messages = stack.enter_context(os.fdopen(messages_end, encoding="utf-8"))
-        at = {
+        self._messages = self._stack.enter_context(os.fdopen(messages_end, encoding="utf-8"))
+        paths = {
             DAGSTER_PIPES_CONTEXT_ENV_VAR: {PipesDefaultContextLoader.FILE_PATH_KEY: f"/dev/fd/{context_end}"},
             DAGSTER_PIPES_MESSAGES_ENV_VAR: {PipesDefaultMessageWriter.FILE_PATH_KEY: f"/dev/fd/{messages_write}"},
         }
+        own = child_environment.for_worker(trust=self._task.model.trust_remote_code)
         try:
-            child = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-I", "-S", str(Path(guard.__file__)), str(grace_seconds)),
-                    *(f"{context_end},{messages_write}", *worker),
+                    *(sys.executable, "-I", "-S", str(Path(guard.__file__)), str(self._grace_seconds)),
+                    *(f"{context_end},{messages_write}", *self._worker),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 pass_fds=(context_end, messages_write, *held),
                 start_new_session=True,
-                env={
-                    **child_environment.for_worker(trust=trusted(job)),
-                    **(env or {}),
-                    **{name: encode_param(where) for name, where in at.items()},
-                },
+                env={**own, **env, **{name: encode_param(path) for name, path in paths.items()}},
             )
         finally:
             os.close(messages_write)  # only the child's copy is left: its end is ours too
-        tail: deque[str] = deque(maxlen=TAIL_LINES)
-        reader = threading.Thread(target=_collect, args=(child, tail), daemon=True)
-        reader.start()
-        stack.callback(_end, child, grace_seconds)
-        report: Report | None = None
-        failure: Failure | None = None
-        for message in _parse(messages):
-            method, params = message["method"], message["params"] or {}
-            if method != "report_custom_message":
+        self._reader = threading.Thread(target=self._collect, daemon=True)
+        self._reader.start()
+        self._stack.callback(self._end)
+
+    def listen(self, progress: Progress, on_message: Callable[[PipesMessage], None]) -> Report | Failure | None:
+        """Pass messages on until the last one; return the outcome, None if the child ended without one."""
+        outcome: Report | Failure | None = None
+        for message in _parse(self._messages):
+            if message["method"] != "report_custom_message":
                 on_message(message)
-                if method == "closed":
+                if message["method"] == "closed":
                     break
                 continue
-            event = read_message(params["payload"])
-            if isinstance(event, Failure):
-                failure = event
-            elif isinstance(event, Report):
-                report = event
-            else:
+            event = read_message((message["params"] or {})["payload"])
+            if not isinstance(event, Report | Failure):
                 progress(event)
+            elif not isinstance(outcome, Failure):
+                outcome = event
+        return outcome
+
+    def wait(self) -> int:
+        """Return the exit status of a child that has reported everything; end it if it does not end."""
         try:
-            status = child.wait(grace_seconds)
-        except subprocess.TimeoutExpired:  # it has said all and does not end
-            status = _end(child, grace_seconds)
-        reader.join(timeout=5)
-        if failure is not None:
-            raise failure.as_error()
-        if report is None:
-            raise _unexplained(job["task"], status, tail)
-        return report.report
+            status = self._process.wait(self._grace_seconds)
+        except subprocess.TimeoutExpired:
+            status = self._end()
+        self._reader.join(timeout=5)
+        return status
 
+    def unexplained(self, status: int) -> StepFailed:
+        """Return the error of a child that reported neither success nor failure."""
+        work = f"the process at work ({self._task.task})"
+        number = -status if status < 0 else status - 128
+        if number == signal.SIGKILL:
+            return StepFailed(
+                f"{work} was killed (SIGKILL), as the system does when memory runs out",
+                f"free memory, or {self._task.less_memory}",
+            )
+        names = {member.value: member.name for member in signal.Signals}
+        how = f"was ended by {names[number]}" if number in names else f"ended with exit code {status}"
+        output = "\n  ".join(self._tail) or "(nothing)"
+        return StepFailed(f"{work} {how} and gave no reason; its last words:\n  {output}")
 
-def trusted(job: Mapping[str, Any]) -> bool:
-    """Whether the recipe trusts the code of the model that the job is about."""
-    return job.get("model", {}).get("trust_remote_code") is True
+    def _collect(self) -> None:
+        """Keep the last lines of what the child's libraries print."""
+        assert self._process.stdout is not None
+        with self._process.stdout as output:
+            for line in output:
+                if text := line.decode(errors="replace").rstrip():
+                    self._tail.append(text[-300:])
+
+    def _end(self) -> int:
+        """Close the lifeline and wait until the guard has put the group away; do its work should it fail."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            return self._process.wait(self._grace_seconds + 5)
+        except subprocess.TimeoutExpired:
+            guard.signal_group(self._process.pid, signal.SIGKILL)  # the worker then gets its own parent-death signal
+            return self._process.wait()
 
 
 def _filled_pipe(content: bytes) -> int:
@@ -174,37 +218,3 @@ def _parse(lines: IO[str]) -> Iterator[PipesMessage]:
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)
-
-
-def _collect(child: subprocess.Popen[bytes], tail: deque[str]) -> None:
-    """Keep the last lines of what the child's libraries print."""
-    assert child.stdout is not None
-    with child.stdout as output:
-        for line in output:
-            if text := line.decode(errors="replace").rstrip():
-                tail.append(text[-300:])
-
-
-def _end(child: subprocess.Popen[bytes], grace_seconds: float) -> int:
-    """Close the lifeline and wait until the guard has put the group away; do its work should it fail."""
-    assert child.stdin is not None
-    child.stdin.close()
-    try:
-        return child.wait(grace_seconds + 5)
-    except subprocess.TimeoutExpired:
-        guard.signal_group(child.pid, signal.SIGKILL)  # the worker then gets its own parent-death signal
-        return child.wait()
-
-
-def _unexplained(task: str, status: int, tail: Sequence[str]) -> StepFailed:
-    """The error of a child that said neither done nor why not."""
-    number = -status if status < 0 else status - 128
-    if number == signal.SIGKILL:
-        return StepFailed(
-            f"the process at work ({task}) was killed (SIGKILL), as the system does when memory runs out",
-            f"free memory, or {LESS_MEMORY[task]}",
-        )
-    names = {member.value: member.name for member in signal.Signals}
-    how = f"was ended by {names[number]}" if number in names else f"ended with exit code {status}"
-    said = "\n  ".join(tail) if tail else "(nothing)"
-    return StepFailed(f"the process at work ({task}) {how} and gave no reason; its last words:\n  {said}")

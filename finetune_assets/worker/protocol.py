@@ -1,13 +1,21 @@
-"""The messages of a worker: events while it works, and one last message with its report or its failure."""
+"""What crosses the pipes of a worker: its task, events while it works, and one last message with report or failure."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.reporting.events import Event, Message, StepProgress, Validation
+from finetune_assets.worker.tasks.evaluate import Evaluate
+from finetune_assets.worker.tasks.imatrix import Imatrix
+from finetune_assets.worker.tasks.merge import Merge
+from finetune_assets.worker.tasks.prove import Prove
+from finetune_assets.worker.tasks.task import Task
+from finetune_assets.worker.tasks.train import Train
+
+T = TypeVar("T")
 
 
 class Report(Event, frozen=True):
@@ -38,7 +46,19 @@ class Failure(Event, frozen=True):
 
 
 WorkerMessage = Message | StepProgress | Validation | Report | Failure
-_READER: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="event")])
+_MESSAGES: TypeAdapter[WorkerMessage] = TypeAdapter(Annotated[WorkerMessage, Field(discriminator="event")])
+_TASKS: TypeAdapter[Task] = TypeAdapter(
+    Annotated[Train | Evaluate | Merge | Imatrix | Prove, Field(discriminator="task")]
+)
+
+
+def read_task(job: Any) -> Task:
+    """Return the task that a JSON object describes.
+
+    Raises:
+        StepFailed: it describes none.
+    """
+    return _read(_TASKS, job, "the worker process received an invalid task")
 
 
 def read_message(payload: Any) -> WorkerMessage:
@@ -47,9 +67,13 @@ def read_message(payload: Any) -> WorkerMessage:
     Raises:
         StepFailed: it holds none.
     """
+    return _read(_MESSAGES, payload, "the worker process sent an invalid message")
+
+
+def _read(adapter: TypeAdapter[T], value: Any, what: str) -> T:
     try:
-        return _READER.validate_python(payload)
+        return adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise StepFailed(f"the worker process sent an invalid message: {reason}") from error
+        raise StepFailed(f"{what}: {reason}") from error

@@ -95,8 +95,11 @@ def test_a_device_is_free_only_when_the_worker_of_a_killed_run_has_gone(tmp_path
     (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
     launcher = (
         "import sys\nfrom finetune_assets.worker import launch\nfrom resources.gpu import GpuResource\n"
+        "from finetune_assets.recipe import ModelSection\n"
+        "from finetune_assets.worker.tasks.task import Task\n"
+        "task = Task(task='train', out='.', model=ModelSection(model_name_or_path='org/tiny'))\n"
         "with GpuResource(device='cpu').lease(print) as lease:\n"
-        f"    launch.run({{'task': 'train'}}, lambda event: print('works', flush=True), held=[lease.lock],\n"
+        f"    launch.run(task, lambda event: print('works', flush=True), held=[lease.lock],\n"
         f"               worker=[sys.executable, '-S', {str(tmp_path / 'worker.py')!r}], grace_seconds=1.0)\n"
     )
     other = hold(launcher, says="works")

@@ -22,6 +22,7 @@ from finetune_assets.lineage.materialise import Progress, Step, materialise
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.store.artifact import Made
+from finetune_assets.worker.tasks.task import Task
 from tests.conftest import MiniProject
 from tests.support.history_fixtures import BODIES, stand_in
 from tests.support.training_fixtures import tiny_tokenizer
@@ -135,7 +136,7 @@ def test_the_device_is_not_asked_for(mini: MiniProject, template: str, words: st
         (step.staging / "chat_template.jinja").write_text(template)
         return stand_in(step)
 
-    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    def launch(task: Task, progress: Progress) -> dict[str, Any]:
         raise AssertionError("the device was asked for")
 
     for asset in ("raw_dataset", "dataset_info"):

@@ -24,6 +24,7 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import DigestCache
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
 from tests.conftest import REPOSITORY, make_mini
 from tests.support.export_fixtures import converter_cache, tiny_adapter
 from tests.support.hostile.own_code import (
@@ -218,7 +219,7 @@ def test_evaluation_runs_no_code(of: str, tmp_path: Path, evil: str) -> None:
         write_json(adapter / "tokenizer_config.json", names)
         write_json(adapter / "processor_config.json", {"auto_map": {"AutoProcessor": evil}})
     with pytest.raises(StepFailed, match=f"cannot load {of} .*{NEEDED}"):
-        launch.run(evaluation(base, adapter, tmp_path / "scores", UNTRUSTED), lambda event: None)
+        launch.run(read_task(evaluation(base, adapter, tmp_path / "scores", UNTRUSTED)), lambda event: None)
 
 
 @pytest.mark.parametrize("task", ["train", "imatrix", "prove"])
@@ -246,7 +247,7 @@ def test_training_the_importance_matrix_and_the_proof_run_no_code(task: str, tmp
     with pytest.raises(
         StepFailed, match=f"cannot load the tokenizer .*{NEEDED} .processor_config.json: AutoProcessor: "
     ):
-        launch.run(job, lambda event: None)
+        launch.run(read_task(job), lambda event: None)
 
 
 def test_a_merge_runs_no_code(tmp_path: Path, evil: str) -> None:
@@ -259,7 +260,7 @@ def test_a_merge_runs_no_code(tmp_path: Path, evil: str) -> None:
     job: dict[str, Any] = {"task": "merge", **{name: str(path) for name, path in paths.items()}}
     sections = {"export": ExportSection().model_dump(), "model": UNTRUSTED.model_dump()}
     with pytest.raises(StepFailed, match=f"cannot load the model .*{NEEDED} .config.json: AutoConfig: "):
-        launch.run({**job, **sections}, lambda event: None)
+        launch.run(read_task({**job, **sections}), lambda event: None)
 
 
 def test_a_merge_copies_no_code(tmp_path: Path, marker: Path, evil: str) -> None:
@@ -314,11 +315,11 @@ def test_what_is_trusted_is_trained_evaluated_merged_and_converted_with_its_own_
         **{"task": "train", "base": str(base), "rows": str(rows), "out": str(adapter), "device": "cpu"},
         **{"validation": None, "vocabulary": None, "train": TRAIN.model_dump(), "model": TRUSTED.model_dump()},
     }
-    assert launch.run(job, lambda event: None)["steps"] == 2
-    assert launch.run(evaluation(base, adapter, tmp_path / "scores", TRUSTED), lambda event: None)
+    assert launch.run(read_task(job), lambda event: None)["steps"] == 2
+    assert launch.run(read_task(evaluation(base, adapter, tmp_path / "scores", TRUSTED)), lambda event: None)
     paths = {"base": str(base), "adapter": str(adapter), "out": str(merged), "held_out": str(rows)}
     sections = {"export": ExportSection().model_dump(), "model": TRUSTED.model_dump()}
-    assert launch.run({"task": "merge", "device": "cpu", **paths, **sections}, lambda event: None)["check"]
+    assert launch.run(read_task({"task": "merge", "device": "cpu", **paths, **sections}), lambda event: None)["check"]
     import torch
 
     for folder in (base, merged):

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,8 +15,10 @@ from finetune_assets.export.ollama.server.temporary import serving
 from finetune_assets.machine import child_environment
 from finetune_assets.machine.child_environment import Group
 from finetune_assets.models import wheels as packaged
+from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.worker import launch
+from finetune_assets.worker.tasks.task import Task
 from tests.conftest import REPOSITORY
 from tests.worker.test_launch import HEAD
 
@@ -51,9 +52,10 @@ def test_a_worker_sees_no_secret(trust: bool, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     script = tmp_path / "worker.py"
     script.write_text(HEAD + "send(event='done', report=dict(os.environ))\n")
-    job: dict[str, Any] = {"task": "train", "model": {"trust_remote_code": trust}}
+    model = ModelSection(model_name_or_path="org/tiny", trust_remote_code=trust)
+    task = Task(task="train", out=tmp_path, model=model)
     lease = {"CUDA_VISIBLE_DEVICES": "2"}
-    seen = launch.run(job, print, env=lease, worker=[sys.executable, "-S", str(script)])
+    seen = launch.run(task, print, env=lease, worker=[sys.executable, "-S", str(script)])
     check(seen, {**NEEDED, **lease, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "HF_HUB_OFFLINE": "1"})
     assert (seen.get("HF_MODULES_CACHE") == os.devnull) is not trust
 
@@ -64,7 +66,8 @@ def test_a_worker_finds_no_token_of_a_hub_in_a_file_either(tmp_path: Path, monke
     script = tmp_path / "worker.py"
     body = "from huggingface_hub import get_token\nsend(event='done', report={'token': get_token()})\n"
     script.write_text(HEAD + body)
-    assert launch.run({"task": "train"}, print, worker=[sys.executable, str(script)]) == {"token": None}
+    task = Task(task="train", out=tmp_path, model=ModelSection(model_name_or_path="org/tiny"))
+    assert launch.run(task, print, worker=[sys.executable, str(script)]) == {"token": None}
 
 
 @pytest.mark.parametrize("trust", [False, True])

@@ -17,6 +17,7 @@ from finetune_assets.training.monitor import curve
 from finetune_assets.training.monitor.log import Log
 from finetune_assets.training.stages import sft
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
 from tests.support.events import json_into
 from tests.support.training_fixtures import chat, tiny_base, write_rows
 
@@ -343,6 +344,6 @@ def test_in_a_process_of_its_own(base: Path, tmp_path: Path) -> None:
         "device": "cpu",
     }
     events: list[dict[str, Any]] = []
-    report = launch.run(job, json_into(events))
+    report = launch.run(read_task(job), json_into(events))
     assert report["steps"] == 6 and (out / "adapter_model.safetensors").exists()
     assert [event["event"] for event in events][:3] == ["message", "message", "step"]

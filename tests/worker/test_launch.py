@@ -12,15 +12,18 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
 from dagster_pipes import encode_param
 
+from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.reporting.events import Event
 from finetune_assets.worker import launch
+from finetune_assets.worker.tasks.task import Task
+from finetune_assets.worker.tasks.train import Train
 from tests.support.events import json_into
 
 # Dagster Pipes as it is spoken, word for word: no import, so that a worker starts in no time.
@@ -37,7 +40,16 @@ def say(method, **params):
 def send(**event):
     say("report_custom_message", payload=event)
 """
-TASK = {"task": "train"}
+
+
+class Toy(Task, frozen=True):
+    """A task for workers of a few lines."""
+
+    less_memory: ClassVar[str] = Train.less_memory
+    word: str = ""
+
+
+TASK = Toy(task="train", out=Path("out"), model=ModelSection(model_name_or_path="org/tiny"))
 SLEEPER = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
 
 
@@ -75,7 +87,7 @@ def test_events_and_report_arrive_whatever_is_printed(worker) -> None:
         send(event="done", report={"rows": 3})
     """)
     seen: list[dict[str, Any]] = []
-    assert launch.run({**TASK, "word": "米赞"}, json_into(seen), worker=command) == {"rows": 3}
+    assert launch.run(TASK.model_copy(update={"word": "米赞"}), json_into(seen), worker=command) == {"rows": 3}
     assert seen == [{"event": "step", "step": 1, "steps": 4, "loss": 2.5}, {"event": "message", "text": "米赞"}]
 
 
@@ -103,7 +115,7 @@ def test_the_environment_and_the_run_reach_the_worker(worker) -> None:
     """)
     context = {**launch.NO_RUN, "run_id": "r1", "extras": {"colour": "blue"}}
     report = launch.run(TASK, print, env={"SHOWN": "1"}, context=context, worker=command)  # pyright: ignore[reportArgumentType]
-    assert report == ["1", True, "r1", {"colour": "blue", "job": TASK}]
+    assert report == ["1", True, "r1", {"colour": "blue", "job": TASK.model_dump(mode="json")}]
 
 
 def test_a_line_that_a_dying_worker_did_not_finish_is_left_out(worker) -> None:
@@ -133,8 +145,8 @@ def test_a_worker_that_has_said_all_and_does_not_end_is_ended(worker) -> None:
 
 
 def test_a_job_larger_than_a_pipe_arrives(worker) -> None:
-    command = worker('send(event="done", report={"n": len(job["long"])})')
-    assert launch.run({**TASK, "long": "x" * 300_000}, print, worker=command) == {"n": 300_000}
+    command = worker('send(event="done", report={"n": len(job["word"])})')
+    assert launch.run(TASK.model_copy(update={"word": "x" * 300_000}), print, worker=command) == {"n": 300_000}
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("BadInput", BadInput), ("StepFailed", StepFailed)])
@@ -245,8 +257,11 @@ def test_nothing_outlives_launcher_or_guard(worker, tmp_path: Path, how: int, vi
     launcher.write_text(
         "import sys\nfrom finetune_assets.worker import launch\n"
         f"worker = {command!r}\n"
+        "from finetune_assets.recipe import ModelSection\n"
+        "from finetune_assets.worker.tasks.task import Task\n"
+        "task = Task(task='train', out='.', model=ModelSection(model_name_or_path='org/tiny'))\n"
         "show = lambda event: print(event.text, flush=True)\n"
-        "launch.run({'task': 'train'}, show, worker=worker, grace_seconds=0.3)\n",
+        "launch.run(task, show, worker=worker, grace_seconds=0.3)\n",
         encoding="utf-8",
     )
     process = subprocess.Popen(
@@ -290,16 +305,20 @@ def test_it_works_in_a_thread_and_leaks_no_descriptors(worker) -> None:
 
 def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
     """With places of Dagster's own choosing, noise and all; what the caller cannot put right is told with its stack."""
-    messages, job = tmp_path / "messages", {"task": "train", "out": str(tmp_path), "device": "vax"}
+    messages = tmp_path / "messages"
+    job: dict[str, Any] = {"task": "train", "out": str(tmp_path), "device": "vax"}
+    job |= {"base": "base", "rows": "rows", "validation": None, "vocabulary": None, "train": {}}
+    job |= {"model": {"model_name_or_path": "org/tiny"}}
     messages.touch()
     body = (
         "import sys; from finetune_assets.worker import __main__ as worker\n"
         "from finetune_assets.reporting.errors import BadInput\n"
         "from finetune_assets.reporting.events import message\n"
-        "def train(job, progress):\n"
-        "    print('noise'); progress(message(job['device']))\n"
-        "    raise BadInput('no', 'yes') if job['device'] == 'vax' else ZeroDivisionError\n"
-        "worker.TASKS['train'] = train\n"
+        "from finetune_assets.worker.tasks.train import Train\n"
+        "def run(task, progress):\n"
+        "    print('noise'); progress(message(task.device))\n"
+        "    raise BadInput('no', 'yes') if task.device == 'vax' else ZeroDivisionError\n"
+        "Train.run = run\n"
         "sys.exit(worker.main())\n"
     )
 
@@ -330,3 +349,11 @@ def test_another_pipes_client_can_start_the_real_worker(tmp_path: Path) -> None:
     assert "Traceback" in stack and stack.endswith("ZeroDivisionError\n")
     told = said[-2][1]["payload"]
     assert code == 1 and said[-1][0] == "closed" and "failed unexpectedly: ZeroDivisionError" in told["message"]
+    code, said = start({"task": "train"})
+    assert (code, [method for method, _ in said]) == (1, ["opened", "report_custom_message", "closed"])
+    assert "received an invalid task: train: out: Field required" in said[1][1]["payload"]["message"]
+
+
+def test_a_message_that_is_not_an_event_fails_the_step(worker) -> None:
+    with pytest.raises(StepFailed, match="sent an invalid message: step: steps: Field required"):
+        launch.run(TASK, print, worker=worker('send(event="step", step=1)'))

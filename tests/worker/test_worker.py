@@ -12,6 +12,7 @@ from finetune_assets.machine.device import choose_device
 from finetune_assets.recipe import EvaluateSection, ModelSection, TrainSection
 from finetune_assets.reporting.errors import BadInput
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
 from tests.support.events import json_into
 from tests.support.training_fixtures import chat, tiny_base, write_rows
 
@@ -32,12 +33,12 @@ def test_it_trains_and_it_scores(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
 
     train = {"task": "train", "out": str(adapter), "validation": None, "vocabulary": None, "device": "cpu"}
-    assert launch.run({**shared, **train}, json_into(events))["steps"] == 2
+    assert launch.run(read_task({**shared, **train}), json_into(events))["steps"] == 2
     assert [event["event"] for event in events] == ["message", "message", "step", "step"]
 
     files = {"task": "evaluate", "adapter": str(adapter), "test": str(test), "out": str(scores)}
     score = {**files, "evaluate": EVALUATE.model_dump(), "device": "cpu"}
-    report = launch.run({**shared, **score}, json_into(events))
+    report = launch.run(read_task({**shared, **score}), json_into(events))
     assert events[-1]["step"] == events[-1]["steps"] == 4
 
     device = choose_device(kind="cpu")
@@ -59,4 +60,4 @@ def test_what_the_user_can_put_right_is_told_as_such(tmp_path: Path) -> None:
         "out": str(tmp_path),
     }
     with pytest.raises(BadInput, match="no_such_layer"):
-        launch.run({**job, "train": section, "model": MODEL.model_dump()}, lambda event: None)
+        launch.run(read_task({**job, "train": section, "model": MODEL.model_dump()}), lambda event: None)

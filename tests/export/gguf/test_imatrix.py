@@ -21,6 +21,7 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.reporting.events import Event
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
 from tests.conftest import MiniProject
 from tests.support.events import json_into
 from tests.support.export_fixtures import VOCABULARY, converted, talkative
@@ -197,7 +198,7 @@ def test_the_same_rows_give_the_same_bytes_in_any_process(
     job = {"task": "imatrix", "out": str(tmp_path), "merged": str(merged), "gguf": str(gguf), "device": "cpu"}
     job |= {"rows": str(train), "file": str(tmp_path / "there.gguf"), "model": {"model_name_or_path": "x"}}
     events: list[dict[str, Any]] = []
-    assert launch.run(job, json_into(events), env={"OMP_NUM_THREADS": "1"}) == {}
+    assert launch.run(read_task(job), json_into(events), env={"OMP_NUM_THREADS": "1"}) == {}
     assert (tmp_path / "here.gguf").read_bytes() == (tmp_path / "there.gguf").read_bytes()
     assert [event["event"] for event in events] == ["message", *["step"] * 9]
     assert events[0]["text"].startswith("reading train rows to see which weights matter")

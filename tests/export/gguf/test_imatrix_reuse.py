@@ -17,9 +17,9 @@ from finetune_assets.lineage.materialise import Step, materialise
 from finetune_assets.lineage.plan import open_store
 from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.file import load_recipe
-from finetune_assets.reporting.events import Event
+from finetune_assets.reporting.events import Event, Progress
 from finetune_assets.store.artifact import Artifact, Made
-from finetune_assets.worker import __main__ as worker
+from finetune_assets.worker.tasks.task import Task
 from tests.conftest import MiniProject, make_mini, rows
 from tests.support.export_fixtures import converter_cache
 from tests.support.history_fixtures import BODIES
@@ -44,9 +44,9 @@ class Exports:
     def hear(self, event: Event) -> None:
         self.said.append(event.as_json().get("text", ""))
 
-    def launch(self, job: dict[str, Any], progress: Any) -> dict[str, Any]:
-        self.tasks.append(job["task"])
-        return worker.TASKS[job["task"]]({**job, "device": "cpu"}, progress)
+    def launch(self, task: Task, progress: Progress) -> dict[str, Any]:
+        self.tasks.append(task.task)
+        return task.model_copy(update={"device": "cpu"}).run(progress)
 
     def make(self, **gguf: Any) -> Artifact:
         """Bring everything up to gguf_file up to date."""

@@ -22,6 +22,8 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.artifact import Artifact
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
+from finetune_assets.worker.tasks.task import Task
 from tests.conftest import MiniProject
 from tests.support.export_fixtures import tiny_adapter, tiny_base, tiny_tokenizer
 
@@ -169,7 +171,7 @@ def test_in_the_worker_with_sentences_of_our_own(base: Path, tmp_path: Path) -> 
     folders = {"base": str(base), "adapter": str(adapter), "out": str(out), "held_out": str(held_out)}
     sections = {"model": ModelSection(model_name_or_path="org/tiny"), "export": ExportSection()}
     job = {**folders, **{name: section.model_dump() for name, section in sections.items()}}
-    report = launch.run({**job, "task": "merge", "device": "cpu"}, lambda event: None)
+    report = launch.run(read_task({**job, "task": "merge", "device": "cpu"}), lambda event: None)
     assert report["method"] == "streamed"
     assert report["check"] == compare(base, adapter, out, held_out)
 
@@ -188,5 +190,5 @@ def test_an_adapter_that_was_trained_on_an_earlier_base_is_not_merged(mini: Mini
         MERGED_MODEL.build(step)
 
 
-def started(job: dict[str, Any]) -> dict[str, Any]:
-    raise AssertionError(f"{job['task']} was started")
+def started(task: Task) -> dict[str, Any]:
+    raise AssertionError(f"{task.task} was started")

@@ -21,6 +21,8 @@ from finetune_assets.models.formats.gguf import read_head
 from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.reporting.events import Progress
+from finetune_assets.worker.tasks.task import Task
+from finetune_assets.worker.tasks.train import Train
 from tests.conftest import MiniProject, make_mini
 from tests.support.events import json_into
 from tests.support.export_fixtures import converter_cache
@@ -43,8 +45,9 @@ class Trained(Exception):
 def start_training(project: MiniProject) -> list[str]:
     """Everything up to the moment at which training starts; what was said on the way."""
 
-    def launch(job: dict[str, Any], progress: Progress) -> dict[str, Any]:
-        assert read_head(Path(job["vocabulary"])).get("tokenizer.ggml.tokens"), "llama.cpp is asked by it"
+    def launch(task: Task, progress: Progress) -> dict[str, Any]:
+        assert isinstance(task, Train) and task.vocabulary is not None
+        assert read_head(task.vocabulary).get("tokenizer.ggml.tokens"), "llama.cpp is asked by it"
         raise Trained
 
     events: list[dict[str, Any]] = []

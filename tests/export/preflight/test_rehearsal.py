@@ -14,6 +14,7 @@ from finetune_assets.export.preflight.prompts import rehearse
 from finetune_assets.recipe import ModelSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.worker import launch
+from finetune_assets.worker.protocol import read_task
 from tests.support.events import json_into
 from tests.support.export_fixtures import CHATML, converter_cache
 
@@ -116,5 +117,5 @@ def test_the_worker_trains_nothing_then(vocabulary: Path, tiny_base: Path, rows:
     }  # fmt: skip
     events: list[dict[str, Any]] = []
     with pytest.raises(StepFailed, match="would not read this model's prompts as training does"):
-        launch.run(job, json_into(events))
+        launch.run(read_task(job), json_into(events))
     assert not list(out.iterdir()) and [event["event"] for event in events] == ["message"]
