@@ -2,12 +2,13 @@
 
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
 
+from finetune_assets.assets.checks import check_results, check_specs, failed_checks
 from finetune_assets.assets.keys import asset_key, group_name, read_tags, source_keys, word_of
 from finetune_assets.assets.mount import HOME, OWNERS, Mount
 from finetune_assets.export.serving_commands import commands as serving_commands
@@ -53,10 +54,10 @@ class StepAsset:
 
 def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
     """The Dagster asset `<recipe>/<name>`."""
-    node = NODES[spec.name]
+    node, key = NODES[spec.name], asset_key(recipe, spec.name, mount)
 
     @dg.asset(
-        key=asset_key(recipe, spec.name, mount),
+        key=key,
         deps=[*source_keys(recipe, spec.name, mount), *(asset_key(recipe, up.asset, mount) for up in node.upstreams)],
         group_name=group_name(recipe, mount),
         description=_description(spec, recipe),
@@ -66,16 +67,21 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
         code_version=node.code_version,
         required_resource_keys={mount.gpu},
         pool=spec.pool,
+        check_specs=check_specs(spec.name, recipe, key),
     )
-    def step(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    def step(context: dg.AssetExecutionContext) -> Iterator[Any]:
         try:
-            return _run(spec, recipe, project, mount, context)
+            result = _run(spec, recipe, project, mount, context)
         except FinetuneError as error:
             failure = error
         except Exception as error:  # a run ends with a message that names the asset, whatever a library raised
             context.log.error(mask(traceback.format_exc()))
             failure = disk_trouble(error, project.home) or unforeseen(error, f"{recipe.name}/{spec.name}")
             failure.__cause__ = error
+        else:
+            yield result
+            return
+        yield from failed_checks(spec.name, recipe, failure.message, key)
         # Dagster shows a Failure's description instead of a traceback; it records what it came from, too
         raise dg.Failure(description=printable(str(failure)), allow_retries=False) from masked_error(failure)
 
@@ -112,6 +118,7 @@ def _run(
         data_version=dg.DataVersion(artifact.data_version),
         metadata=page(spec, artifact, recipe, project, reused=outcome.reused),
         tags=read_tags(recipe, spec.name, reading, upstreams, mount),
+        check_results=check_results(spec.name, recipe, artifact, asset_key(recipe, spec.name, mount)),
     )
 
 

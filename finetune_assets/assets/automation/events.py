@@ -13,6 +13,7 @@ import dagster as dg
 from dagster import DagsterInstance, MetadataValue
 
 from finetune_assets.assets.all_assets import STEPS
+from finetune_assets.assets.checks import check_evaluations
 from finetune_assets.assets.keys import (
     CODE_VERSION,
     DATA_VERSION,
@@ -31,7 +32,8 @@ from finetune_assets.store.artifact import Artifact
 
 POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wants one beside each version read
 
-Event = dg.AssetObservation | dg.AssetMaterialization
+Tagged = dg.AssetObservation | dg.AssetMaterialization
+Event = Tagged | dg.AssetCheckEvaluation
 
 
 def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount = HOME) -> list[Event]:
@@ -54,6 +56,7 @@ def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount =
                     key, metadata=page(step, artifact, observed.recipe, observed.project, reused=True), tags=tags
                 )
             )
+            found += check_evaluations(step.name, observed.recipe, artifact, key)
     return found
 
 
@@ -90,6 +93,6 @@ def _values(observed: Observed, asset: str) -> dict[str, MetadataValue]:
     }
 
 
-def _differs(last: Event | None, tags: Mapping[str, str] | None) -> bool:
+def _differs(last: Tagged | None, tags: Mapping[str, str] | None) -> bool:
     known = (last.tags if last else None) or {}
     return any(known.get(name) != value for name, value in (tags or {}).items() if not name.startswith(POINTER))

@@ -10,7 +10,7 @@ from functools import partial
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from finetune_assets.assets.automation.events import pending_events
+from finetune_assets.assets.automation.events import Event, pending_events
 from finetune_assets.assets.automation.sources import recipe_now
 from finetune_assets.assets.keys import asset_key, chain_key, job_name, stem
 from finetune_assets.assets.mount import HOME, Mount
@@ -125,12 +125,18 @@ def _observing(
                 known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
                 broken.append(f"{clean(recipe)}: {known}")
                 context.log.warning(broken[-1])
-        unique = {(event.asset_key, str(event.tags)): event for event in events}  # recipes share data sets
+        unique = {_identity(event): event for event in events}  # recipes share data sets
         return dg.SensorResult(
             asset_events=list(unique.values()), skip_reason="\n".join([f"{len(unique)} news", *broken])
         )
 
     return look
+
+
+def _identity(event: Event) -> tuple[object, ...]:
+    if isinstance(event, dg.AssetCheckEvaluation):
+        return event.asset_key, event.check_name
+    return event.asset_key, str(event.tags)
 
 
 def failure_sensor() -> dg.SensorDefinition:

@@ -39,9 +39,19 @@ class Figures:
     reference: str
 
 
+def largest_kl(kind: str, reference: str, max_kl: Mapping[str, float]) -> float:
+    """Return the largest mean KL divergence of a type that passes, in nats per token.
+
+    Args:
+        reference: precision of the merged model's computation.
+        max_kl: type -> limit of the recipe, in place of `MAX_KL`.
+    """
+    return max_kl.get(kind, MAX_KL[kind] + (0 if reference == "fp32" else HALF_PRECISION))
+
+
 def judge(kind: str, figures: Figures, max_kl: Mapping[str, float]) -> list[Failure]:
     """Return the failure of the check `kl` if a type's KL is above its limit."""
-    allowed = max_kl.get(kind, MAX_KL[kind] + (0 if figures.reference == "fp32" else HALF_PRECISION))
+    allowed = largest_kl(kind, figures.reference, max_kl)
     if figures.kl <= allowed:  # false for a non-finite KL, too
         return []
     return [Failure("kl", f"mean KL divergence {figures.kl:.4g} nats per token", f"{allowed:g}")]
