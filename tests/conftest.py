@@ -20,7 +20,7 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.recipe.project import Project
 from tests.support.tiny_model import tiny_model
 
-SLOW = "pytestmark = pytest.mark.slow"
+FAST = "pytestmark = pytest.mark.fast"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test talks to a hub
@@ -30,14 +30,16 @@ os.environ["TMPDIR"] = _TEMPORARY.name  # what tests start does not wait for a d
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="leave out the files marked slow, without importing them")
+    parser.addoption(
+        "--fast", action="store_true", help="run only the files marked fast; the others are not even imported"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Ignore a file that is marked slow: what it imports takes seconds, even when none of its tests runs."""
-    if not config.getoption("--fast") or collection_path.suffix != ".py":
+    """Ignore a test file that is not marked fast: what it imports takes seconds, even when none of its tests runs."""
+    if not config.getoption("--fast") or not collection_path.match("test_*.py"):
         return None
-    return SLOW in collection_path.read_text(encoding="utf-8") or None
+    return FAST not in collection_path.read_text(encoding="utf-8") or None
 
 
 def shared_cache() -> Path:

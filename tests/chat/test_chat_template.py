@@ -19,6 +19,8 @@ from finetune_assets.chat.template import (
 from finetune_assets.reporting.errors import BadInput
 from tests.support.training_fixtures import chat, tiny_tokenizer
 
+pytestmark = pytest.mark.fast
+
 IM_END, EOT, EOS = 2, 6, 0
 
 CONVERSATIONS = {

@@ -9,6 +9,8 @@ import pytest
 
 from finetune_assets.chat.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.fast
+
 SPECIAL = ("<unk>", "<s>", "</s>")
 PROMPT = "<|user|>\nab</s>\n<|assistant|>\n"  # TinyLlama's words: text goes on behind a special token
 

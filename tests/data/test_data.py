@@ -18,6 +18,8 @@ from finetune_assets.reporting.errors import BadInput
 from finetune_assets.store.digests import DigestCache
 from tests.conftest import rows
 
+pytestmark = pytest.mark.fast
+
 
 class Data:
     """A data folder, and the splits that `prepare` makes of it."""

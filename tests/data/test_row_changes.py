@@ -16,6 +16,8 @@ from finetune_assets.data.row_changes import source_change, split_change
 from tests.conftest import rows
 from tests.support.training_fixtures import chat, write_rows
 
+pytestmark = pytest.mark.fast
+
 SAME = "the same rows, written differently"
 
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from finetune_assets.evaluation import metrics
 
+pytestmark = pytest.mark.fast
+
 # Made once with rouge_chinese 1.0.3, jieba 0.42.1 and nltk 3.10.4 by the formula of LLaMA-Factory's ComputeSimilarity:
 # Rouge().get_scores(" ".join(jieba.cut(answer)), " ".join(jieba.cut(label)))[0][...]["f"], all zero if either text is
 # blank, and sentence_bleu([list(label)], list(answer), smoothing_function=SmoothingFunction().method3); both

@@ -14,6 +14,8 @@ from finetune_assets.reporting.errors import StepFailed
 from tests.support.hostile.own_code import SECRET, hostile, modules_folder, write_json
 from tests.support.training_fixtures import tiny_base
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture(autouse=True)
 def _secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from finetune_assets.recipe.file import load_recipe
 from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
 from tests.conftest import MiniProject
 
+pytestmark = pytest.mark.fast
+
 SECONDS = 5
 DEEP = "[" * 100_000 + "]" * 100_000
 NINES = "9" * 5000

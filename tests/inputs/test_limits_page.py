@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from docs.limits import page
 from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_page_is_what_its_script_prints():

@@ -28,6 +28,8 @@ from tests.conftest import MiniProject, rows
 from tests.export.gguf.test_type_policy import head
 from tests.support.history_fixtures import BODIES, make_chain, plan_of, store_of
 
+pytestmark = pytest.mark.fast
+
 ELEMENTS = 64 * 64
 COMPANIONS = 1000  # bytes of a base model beside its weights
 

@@ -23,6 +23,8 @@ from finetune_assets.store.artifact_store import ArtifactStore
 from tests.conftest import MiniProject, rows
 from tests.support.history_fixtures import make_chain, stand_in
 
+pytestmark = pytest.mark.fast
+
 BODIES = {"raw_dataset": RAW_DATASET.build, "dataset_info": DATASET_INFO.build}
 
 

@@ -12,6 +12,8 @@ from tests.cli.test_cli import finetune
 from tests.conftest import MiniProject
 from tests.support.records.make_chain_fixture import ARCHIVE
 
+pytestmark = pytest.mark.fast
+
 ASSETS = (
     *("raw_dataset", "dataset_info", "base_model", "lora_adapter"),
     *("eval_metrics", "merged_model", "gguf_file", "ollama_model"),

@@ -10,6 +10,8 @@ import pytest
 from finetune_assets.machine import cores
 from finetune_assets.machine.cores import _shares
 
+pytestmark = pytest.mark.fast
+
 
 def group(folder: Path, **files: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,8 @@ from finetune_assets.reporting.errors import BadInput, FinetuneError, StepFailed
 from finetune_assets.store.digests import DigestCache
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.fast
+
 
 def safetensors(data: bytes) -> bytes:
     """A file of one tensor, of these bytes."""

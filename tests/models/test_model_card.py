@@ -14,6 +14,8 @@ from finetune_assets.models.formats.model_card import read_card, write_card
 from finetune_assets.recipe import ModelSection
 from tests.support.export_fixtures import converter_cache, tiny_adapter, tiny_base, tiny_tokenizer
 
+pytestmark = pytest.mark.fast
+
 CARD = """---
 license: other
 license_name: tiny-licence

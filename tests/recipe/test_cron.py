@@ -9,6 +9,8 @@ import pytest
 
 from finetune_assets.recipe.cron import FIELDS, cron_problem
 
+pytestmark = pytest.mark.fast
+
 PIECES = ("*", "0", "5", "29", "31", "60", "24", "7", "8", "1-5", "5-1", "*/5", "*/0", "*/90", "1-5/2", "3/4", "1,2",
           "mon", "jan", "MON-FRI", "L", "5#2", "x", "-1", "1-", "/2", "1//2")  # fmt: skip
 

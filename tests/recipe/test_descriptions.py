@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 from finetune_assets.recipe.recipe import Recipe, sections
 from finetune_assets.recipe.sections.section import types_in
 
+pytestmark = pytest.mark.fast
+
 KEYS = {f"{name}.{key}": field for name, model in sections().items() for key, field in model.model_fields.items()}
 UNIT = re.compile(r"(?:Unit: [a-zA-Z].*|No unit)\.$")
 

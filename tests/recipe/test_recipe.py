@@ -10,6 +10,8 @@ import pytest
 from finetune_assets.recipe.file import find_recipe, json_schema, load_recipe, recipe_files
 from finetune_assets.reporting.errors import BadInput
 
+pytestmark = pytest.mark.fast
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOOD = """\
 dataset: {dataset: facts}

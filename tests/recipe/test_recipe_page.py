@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from docs.recipe import page
 from finetune_assets.recipe.recipe import sections
+
+pytestmark = pytest.mark.fast
 
 
 def test_the_page_has_a_row_for_each_key():

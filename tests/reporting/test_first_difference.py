@@ -6,6 +6,8 @@ import pytest
 
 from finetune_assets.reporting.first_difference import first_difference
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize(
     ("one", "other", "position"),

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import get_args
 
+import pytest
+
 from finetune_assets.recipe import TrainSection
 from finetune_assets.training.methods.by_name import METHODS
 from finetune_assets.training.stages.by_name import STAGES
+
+pytestmark = pytest.mark.fast
 
 
 def allowed(key: str) -> set[str]:

@@ -29,6 +29,8 @@ from docs.tree import (
 )
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.fast
+
 # Top down, the whole house and then the inside of a room. A module imports only its own room and rooms on lower floors:
 # nothing from above, nothing from the neighbours on its floor. The rooms component and board are still to come.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {

@@ -12,6 +12,8 @@ from docs.pages import PAGES
 from finetune_assets.recipe.gguf_types import TYPES
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.fast
+
 MARKDOWN = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
 PATH = re.compile(r"`((?:finetune_assets|resources|tests|docs|bench)/[\w./]*|\w+/[\w./]*\.py)`")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from docs import battery, ollama, serving
 from finetune_assets.export.parity.held_out import POINTS
 from finetune_assets.export.parity.limits import MAX_KL
@@ -15,6 +17,8 @@ from tests.support.corruptions.files import PUBLISHED_HARMS
 from tests.support.corruptions.gguf_files import GGUF_HARMS, LOUD_HARMS, WORD_HARMS
 from tests.support.corruptions.harm import GGUF, MERGED, PUBLISHED
 from tests.support.corruptions.merged_models import MERGED_HARMS
+
+pytestmark = pytest.mark.fast
 
 
 def page(name: str) -> str:

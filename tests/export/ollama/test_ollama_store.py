@@ -15,6 +15,8 @@ from finetune_assets.export.ollama.modelfile import OllamaModel
 from finetune_assets.models.formats.gguf import UINT32, read_head, write_with_head
 from finetune_assets.reporting.errors import BadInput, StepFailed
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.fixture
 def gguf(tmp_path: Path) -> Path:

@@ -15,6 +15,8 @@ from finetune_assets.export.ollama.template.choice import (
 )
 from finetune_assets.export.ollama.template.go_parse import Branch, Text, parse
 
+pytestmark = pytest.mark.fast
+
 PLAIN = "{{ range .Messages }}{{ .Role }}: {{ .Content }}\n{{ end }}"
 TOOLS = "{{ .Tools }}" + PLAIN
 ROUND = (

@@ -6,9 +6,13 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from finetune_assets.export.parity.checks.positions import check_positions
 from finetune_assets.export.parity.checks.structure import check_head
 from finetune_assets.models.formats.gguf import STRING, UINT32, Head
+
+pytestmark = pytest.mark.fast
 
 NOWHERE = Path("none.gguf")  # not read: these files have no tensors
 
