@@ -1,4 +1,4 @@
-"""The command line, `finetune`: reads arguments, calls lineage and assets, prints. Front door: `main`."""
+"""The command line, `finetune`: reads arguments, calls lineage and assets, prints. Entry point: `main`."""
 
 from finetune_assets.cli.commands import main
 

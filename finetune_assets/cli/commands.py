@@ -41,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (may stand anywhere).")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (allowed anywhere on the line).")] = False,
 ) -> None:
     """From instruction data to a model served by Ollama."""
 
@@ -50,9 +50,9 @@ def options(
 def run(
     recipe: RecipeArgument,
     to: Annotated[
-        list[str] | None, typer.Option("--to", metavar="ASSET", help="Stop at this asset (repeatable).")
+        list[str] | None, typer.Option("--to", metavar="ASSET", help="Build up to this asset only (repeatable).")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is up to date, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also rebuild assets that are up to date.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bring a recipe's assets up to date, through Dagster."""
@@ -64,12 +64,13 @@ def run(
     targets = _assets(to or [])
     store = open_store(project)
     plan = make_plan(loaded, project, store)
-    wanted = upstream_of(set(targets)) if targets else set(NODES)
+    requested = upstream_of(set(targets)) if targets else set(NODES)
     forced = set(targets or NODES) if force else set()
-    todo = [name for name in NODES if name in forced or (name in wanted and plan[name].state != "fresh")]
-    for name in wanted - set(todo):
+    todo = [name for name in NODES if name in forced or (name in requested and plan[name].state != "fresh")]
+    for name in requested - set(todo):
         if (artifact := plan[name].artifact) is not None:
-            store.make_current(artifact)  # back at earlier values, nothing runs, but this is what is asked for now
+            # the recipe may be back at earlier values: nothing runs, but their artifact becomes the current one
+            store.make_current(artifact)
     if "ollama_model" in todo:
         refuse_rivals(loaded, readable_recipes(project.configs))
     check_prerequisites(loaded, project, store, todo, forced=forced)
@@ -79,11 +80,11 @@ def run(
         from finetune_assets.assets.automation.run import run_chain
 
         try:
-            with LiveRun([name for name in NODES if name in wanted], todo) as live:
+            with LiveRun([name for name in NODES if name in requested], todo) as live:
                 run_id = run_chain(loaded, project, todo, live.event, force=force)
                 reused = live.reused
         except KeyboardInterrupt:
-            err.print("interrupted; what was published before stays, the rest was swept away")
+            err.print("interrupted; published artifacts are kept, unfinished ones were removed")
             raise typer.Exit(130) from None
         plan = make_plan(loaded, project, store)
     seconds = time.monotonic() - started
@@ -106,35 +107,35 @@ def run(
 
 @app.command()
 def plan(recipe: RecipeArgument, as_json: Json = False) -> None:
-    """Say what a run would do, and why, and what it would take."""
+    """List what would run, the reasons, and the expected time and disk space."""
     from finetune_assets.lineage.estimate import costs, total
     from finetune_assets.machine.disk import free_bytes
 
     project, loaded = _load(recipe)
     store = open_store(project)
-    made = make_plan(loaded, project, store)
-    found = costs(loaded, project, made, store)
+    planned = make_plan(loaded, project, store)
+    expected = costs(loaded, project, planned, store)
     if as_json:
-        _print_json(tables.plan_json(made, found))
+        _print_json(tables.plan_json(planned, expected))
         return
-    out.print(tables.plan_tree(loaded.name, made, found))
-    if found:
-        out.print(*tables.plan_total(total(made, found), free_bytes(project.store)), sep="\n", soft_wrap=True)
+    out.print(tables.plan_tree(loaded.name, planned, expected))
+    if expected:
+        out.print(*tables.plan_total(total(planned, expected), free_bytes(project.store)), sep="\n", soft_wrap=True)
 
 
 @app.command()
 def artifacts(recipe: RecipeArgument, as_json: Json = False) -> None:
-    """List what was made, where it lies, and how to serve it."""
+    """List what was built, where it is, and how to serve it."""
     project, loaded = _load(recipe)
     store = open_store(project)
-    found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
+    built = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
     if as_json:
-        _print_json(tables.artifacts_json(found))
-    elif found:
-        out.print(tables.artifacts_table(found))
-        out.print(*tables.serving_lines(loaded, found, project.ollama_models), sep="\n", soft_wrap=True)
+        _print_json(tables.artifacts_json(built))
+    elif built:
+        out.print(tables.artifacts_table(built))
+        out.print(*tables.serving_lines(loaded, built, project.ollama_models), sep="\n", soft_wrap=True)
     else:
-        out.print(f"nothing was made of {loaded.name} yet: finetune run {loaded.name}")
+        out.print(f"{loaded.name} has no artifacts yet: finetune run {loaded.name}")
 
 
 @app.command()
@@ -144,75 +145,75 @@ def chat(
         str,
         typer.Option("--with", metavar="MODEL", help="base, adapter, merged, gguf or ollama; or several: base,ollama."),
     ] = "ollama",
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Ask this, print the answer, leave.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    message: Annotated[str | None, typer.Option("-m", "--message", help="Print the answer to this message and exit.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
 ) -> None:
-    """Talk to the model at any stage of its making."""
+    """Chat with the model at any stage; name several stages to compare them."""
     from finetune_assets.cli.conversation import converse, open_engines
 
     project, loaded = _load(recipe)
     store = open_store(project)
-    found = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
-    with open_engines(using, loaded, project, found) as engines:
+    built = tables.known_artifacts(loaded, make_plan(loaded, project, store), store)
+    with open_engines(using, loaded, project, built) as engines:
         converse(engines, out, system=loaded.system, message=message, max_new_tokens=max_new_tokens)
 
 
 @app.command()
 def verify(recipe: RecipeArgument, as_json: Json = False) -> None:
-    """Check that what is served now is what was made."""
+    """Check that the served model is the one that was built."""
     from finetune_assets.cli.verification import all_good, print_verification, verification_json
-    from finetune_assets.export.ollama.verify import verify as look
+    from finetune_assets.export.ollama.verify import verify as verify_served
 
     project, loaded = _load(recipe)
-    found = look(loaded.name, project, open_store(project), _whisper)
+    checks_of = verify_served(loaded.name, project, open_store(project), _print_progress)
     if as_json:
-        _print_json(verification_json(found))
+        _print_json(verification_json(checks_of))
     else:
-        print_verification(out, found)
-    if not all_good(found):
+        print_verification(out, checks_of)
+    if not all_good(checks_of):
         raise typer.Exit(1)
 
 
 @app.command()
 def explain(
-    asset: Annotated[str, typer.Argument(metavar="RECIPE/ASSET", help="For example demo/lora_adapter.")],
+    asset: Annotated[str, typer.Argument(metavar="RECIPE/ASSET", help="For example: demo/lora_adapter.")],
     as_json: Json = False,
 ) -> None:
-    """Say what an artifact was made of: rows, values, versions, seeds, all the way back."""
+    """List everything that an artifact was built from: rows, values, versions, seeds."""
     from finetune_assets.cli import history
     from finetune_assets.lineage.ancestry import ancestry
     from finetune_assets.lineage.retention import subjects
 
     spec, _, name = asset.rpartition("/")
     if not spec or name not in NODES:
-        raise BadInput(f"{asset!r} is no RECIPE/ASSET{did_you_mean(name, NODES)}", "for example demo/lora_adapter")
+        raise BadInput(f"{asset!r} is not of the form RECIPE/ASSET{did_you_mean(name, NODES)}", "for example: demo/lora_adapter")
     project = Project.find()
     store = open_store(project)
-    recipe = subjects([spec], project, store)[0].name  # whether or not its file is still there
-    found = ancestry(recipe, name, store)
+    recipe = subjects([spec], project, store)[0].name  # works without the recipe's file, too
+    ancestors = ancestry(recipe, name, store)
     if as_json:
-        _print_json({"recipe": recipe, "asset": name, "ancestry": [item.described() for item in found]})
+        _print_json({"recipe": recipe, "asset": name, "ancestry": [item.described() for item in ancestors]})
     else:
-        out.print(history.ancestry_tree(recipe, found))
+        out.print(history.ancestry_tree(recipe, ancestors))
 
 
 @app.command()
 def rollback(
     recipe: RecipeArgument,
     to: Annotated[
-        str | None, typer.Option("--to", metavar="FINGERPRINT", help="Which one; its first digits are enough.")
+        str | None, typer.Option("--to", metavar="FINGERPRINT", help="The model to serve; its first digits are enough.")
     ] = None,
 ) -> None:
-    """Serve an earlier model again: the one made before the present one, or the one named."""
+    """Serve an earlier model again: the previous one, or the one that --to names."""
     from finetune_assets.export.ollama import rollback as back
     from finetune_assets.export.ollama.publish import place_of
 
     project, loaded = _load(recipe)
     store = open_store(project)
-    served = back.rollback(loaded.name, project, store, _whisper, to=to)
+    served = back.rollback(loaded.name, project, store, _print_progress, to=to)
     facts = served.metrics
     out.print(
-        Text(f"{facts['name']} is {served.fingerprint} again, made {tables.moment(served.created)}", style="bold"),
+        Text(f"{facts['name']} is {served.fingerprint} again, built {tables.moment(served.created)}", style="bold"),
         soft_wrap=True,
     )
     place = place_of(facts, project.ollama_models)
@@ -220,19 +221,19 @@ def rollback(
     after = make_plan(loaded, project, store)[back.ASSET]
     out.print(tables.planned_line(after), soft_wrap=True)
     if after.state != "fresh":
-        out.print(f"the recipe asks for another: finetune run {loaded.name} serves that one again", soft_wrap=True)
+        out.print(f"the recipe describes a different model: finetune run {loaded.name} serves that one", soft_wrap=True)
 
 
 @app.command()
 def gc(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Only these (default: all that were made).")
+        list[str] | None, typer.Argument(metavar="RECIPE", help="Only these recipes (default: all that have artifacts).")
     ] = None,
-    keep: Annotated[int, typer.Option(min=0, help="How many of the newest of each asset stay in any case.")] = 2,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say it, and remove nothing.")] = False,
+    keep: Annotated[int, typer.Option(min=0, help="How many of each asset's newest artifacts are always kept.")] = 2,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove artifacts that nothing needs and that a run can make again."""
+    """Remove artifacts that nothing needs and that a run can build again."""
     from finetune_assets.cli import history
     from finetune_assets.lineage.retention import collect, subjects
 
@@ -247,17 +248,17 @@ def gc(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this machine: Python, torch, GPU, memory, disk, hub, Ollama, llama.cpp."""
+    """Check this machine and report what to do: Python, torch, GPU, memory, disk, hub, Ollama, llama.cpp."""
     from finetune_assets.cli.doctor import as_json as checks_json
     from finetune_assets.cli.doctor import checks
 
     project = Project.find()
-    found = checks(project.home, project.cache)
+    results = checks(project.home, project.cache)
     if as_json:
-        _print_json(checks_json(found))
+        _print_json(checks_json(results))
     else:
-        out.print(tables.checks_table(found))
-    if any(check.state == "fail" for check in found):
+        out.print(tables.checks_table(results))
+    if any(check.state == "fail" for check in results):
         raise typer.Exit(1)
 
 
@@ -268,7 +269,7 @@ def schema() -> None:
 
 
 def main() -> None:
-    """Run the command line; every foreseen failure is one message, without a traceback unless --debug is given."""
+    """Run the command line; print a failure as one message, with a traceback only if --debug is given."""
     mask_logging()
     debug = "--debug" in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
@@ -300,7 +301,7 @@ def main() -> None:
 
 def _load(spec: str) -> tuple[Project, Recipe]:
     project = Project.find()
-    # Dagster and the steps read it; one home, however the command was started
+    # Dagster and the steps read DAGSTER_HOME: set it, so that a command started anywhere uses the same home
     os.environ.setdefault("DAGSTER_HOME", str(project.home))
     return project, load_recipe(find_recipe(spec, project.configs))
 
@@ -312,8 +313,8 @@ def _assets(names: list[str]) -> list[str]:
     return names
 
 
-def _whisper(event: Event) -> None:
-    """Show what a long command is about, beside its output."""
+def _print_progress(event: Event) -> None:
+    """Print a message of a long command on standard error, apart from its output."""
     if isinstance(event, Message):
         err.print(event.text, style="dim", markup=False)
 

@@ -139,11 +139,11 @@ def test_on_the_command_line(mini: MiniProject, made: dict[str, Artifact]):
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        ("mini", "'mini' is no RECIPE/ASSET"),
+        ("mini", "'mini' is not of the form RECIPE/ASSET"),
         ("mini/lora_adaptor", "did you mean 'lora_adapter'?"),
         ("minni/lora_adapter", "unknown recipe 'minni'; did you mean 'mini'?"),
         ("../lora_adapter", "'..'"),
-        ("/lora_adapter", "is no RECIPE/ASSET"),
+        ("/lora_adapter", "is not of the form RECIPE/ASSET"),
     ],
 )
 def test_what_is_asked_wrongly(mini: MiniProject, asked: str, words: str):

@@ -163,11 +163,11 @@ def test_on_the_command_line(mini: MiniProject, three: list[Artifact]):
     assert (done.returncode, done.stderr) == (0, "")
     assert f"mini is {three[1].fingerprint} again" in done.stdout
     assert "ollama_model  stale  the Ollama store" in done.stdout
-    assert "finetune run mini serves that one again" in done.stdout
+    assert "finetune run mini serves that one" in done.stdout
     done = finetune(mini, "rollback", "mini", "--to", "nothing")
     assert done.returncode == 2 and "no artifact begins with 'nothing'" in done.stderr and not done.stdout
     done = finetune(mini, "rollback", "mini", "--to", three[2].fingerprint[:10])
-    assert "ollama_model  fresh" in done.stdout and "asks for another" not in done.stdout
+    assert "ollama_model  fresh" in done.stdout and "describes a different model" not in done.stdout
 
 
 @pytest.mark.skipif(find_binary() is None, reason="no Ollama: neither OLLAMA_BIN nor `ollama` on the PATH")
