@@ -145,7 +145,9 @@ def chat(
         str,
         typer.Option("--with", metavar="MODEL", help="base, adapter, merged, gguf or ollama; or several: base,ollama."),
     ] = "ollama",
-    message: Annotated[str | None, typer.Option("-m", "--message", help="Print the answer to this message and exit.")] = None,
+    message: Annotated[
+        str | None, typer.Option("-m", "--message", help="Print the answer to this message and exit.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer, in tokens.")] = 256,
 ) -> None:
     """Chat with the model at any stage; name several stages to compare them."""
@@ -186,7 +188,8 @@ def explain(
 
     spec, _, name = asset.rpartition("/")
     if not spec or name not in NODES:
-        raise BadInput(f"{asset!r} is not of the form RECIPE/ASSET{did_you_mean(name, NODES)}", "for example: demo/lora_adapter")
+        message = f"{asset!r} is not of the form RECIPE/ASSET{did_you_mean(name, NODES)}"
+        raise BadInput(message, "for example: demo/lora_adapter")
     project = Project.find()
     store = open_store(project)
     recipe = subjects([spec], project, store)[0].name  # works without the recipe's file, too
@@ -227,7 +230,8 @@ def rollback(
 @app.command()
 def gc(
     recipes: Annotated[
-        list[str] | None, typer.Argument(metavar="RECIPE", help="Only these recipes (default: all that have artifacts).")
+        list[str] | None,
+        typer.Argument(metavar="RECIPE", help="Only these recipes (default: all that have artifacts)."),
     ] = None,
     keep: Annotated[int, typer.Option(min=0, help="How many of each asset's newest artifacts are always kept.")] = 2,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,

@@ -1,4 +1,4 @@
-"""The consoles of the command line: the one door to the terminal."""
+"""The consoles of the command line: all output to the terminal goes through them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from finetune_assets.reporting.printable import printable
 
 
 class SafeConsole(Console):
-    """A console that shows text as it is: no markup in it, nothing in it steers the terminal, no secret is in it.
+    """A console that prints text literally: no markup, no control characters that act on the terminal, no secrets.
 
     Args:
-        file: where to write; standard output, or standard error if `stderr`, if not given.
+        file: where to write. Default: standard output, or standard error if `stderr` is set.
     """
 
     def __init__(self, *, file: IO[str] | None = None, stderr: bool = False):
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The segments of anything that is printed, cleaned; those that rich makes to steer the terminal stay."""
+        """Yield the segments of what is printed, with their text cleaned; rich's own control segments pass unchanged."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(mask(text)), style, control)

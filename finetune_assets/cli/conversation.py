@@ -1,4 +1,4 @@
-"""`finetune chat`: open the models of one or more stages, and talk to them."""
+"""`finetune chat`: opens the models of one or more stages, and holds a conversation with them."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ QUOTES = '"""'  # as in Ollama's own terminal
 def open_engines(
     stages: str, recipe: Recipe, project: Project, artifacts: Mapping[str, Artifact]
 ) -> Iterator[dict[str, Engine]]:
-    """The models of some stages ("base,ollama"), ready to talk, by stage; closed at the end.
+    """Open the models of some stages ("base,ollama") as stage -> engine, and close them at the end.
 
     Raises:
         BadInput: an unknown stage.
-        StepFailed: a stage was not made yet, or nothing can serve it here.
+        StepFailed: a stage has not been built yet, or nothing can serve it here.
     """
-    named = list(dict.fromkeys(stage.strip() for stage in stages.split(",")))
-    for stage in named:
+    names = list(dict.fromkeys(stage.strip() for stage in stages.split(",")))
+    for stage in names:
         if stage not in STAGES:
             raise BadInput(f"--with: unknown stage {stage!r}{did_you_mean(stage, STAGES)}")
     with ExitStack() as stack:
-        yield {stage: stack.enter_context(_open(stage, recipe, project, artifacts)) for stage in named}
+        yield {stage: stack.enter_context(_open(stage, recipe, project, artifacts)) for stage in names}
 
 
 @contextmanager
@@ -81,13 +81,13 @@ def _open(stage: str, recipe: Recipe, project: Project, artifacts: Mapping[str, 
 def converse(
     engines: Mapping[str, Engine], console: Console, *, system: str | None, message: str | None, max_new_tokens: int
 ) -> None:
-    """Have one message answered, or hold a conversation until the input ends (Ctrl-D) or `/bye`.
+    """Print the answer to one message, or hold a conversation until the input ends (Ctrl-D) or `/bye`.
 
-    Several engines answer in turn, each in a conversation of its own. A message that cannot be answered, or whose
-    answer is broken off with Ctrl-C, is forgotten, and the conversation goes on.
+    Several engines answer in turn, each in its own conversation. A message is discarded if it cannot be answered, or
+    if Ctrl-C interrupts the answer; the conversation continues without it.
 
     Args:
-        system: system prompt; a model served by Ollama has its own.
+        system: system prompt, which a model served by Ollama does not receive: it has its own.
 
     Raises:
         BadInput: `message` is empty.
@@ -101,7 +101,7 @@ def converse(
         return
     names = ", ".join(engine.name for engine in engines.values())
     console.print(
-        f"talking to {names}; /bye or Ctrl-D to leave, /reset to begin again, {QUOTES} around several lines",
+        f"talking to {names}; /bye or Ctrl-D to leave, /reset to start over, {QUOTES} around several lines",
         style="dim",
         markup=False,
         highlight=False,
@@ -120,7 +120,7 @@ def converse(
             try:
                 talks = _ask(engines, console, talks, text, max_new_tokens, quietly=False)
             except KeyboardInterrupt:
-                console.print(Text("\nbroken off; the question is forgotten", style="dim"))
+                console.print(Text("\ninterrupted; question discarded", style="dim"))
             except StepFailed as error:
                 console.print(Text(f"\n{error}", style="bold red"), soft_wrap=True)
 
@@ -138,7 +138,7 @@ def _ask(
     *,
     quietly: bool,
 ) -> dict[str, Messages]:
-    """Put a question to all; the conversations with it and its answers."""
+    """Ask all engines a question; return the conversations, extended by it and its answers."""
     longer: dict[str, Messages] = {}
     for stage, engine in engines.items():
         if len(engines) > 1:
@@ -151,7 +151,7 @@ def _ask(
 
 
 def _typed(console: Console) -> str:
-    """A message: a line or, begun and ended with three double quotes, several. EOFError where the input ends."""
+    """Read a message: one line, or several between three double quotes. Raises EOFError where the input ends."""
     text = _line(console, ">>> ").strip()
     if text.startswith(QUOTES):
         text = text.removeprefix(QUOTES)
@@ -165,7 +165,7 @@ def _line(console: Console, prompt: str) -> str:
     if not (console.is_terminal and sys.stdin.isatty()):
         return console.input(prompt, markup=False)
     with suppress(ImportError):
-        import_module("readline")  # once it is there, input() can edit wide characters and take pasted lines as one
+        import_module("readline")  # with it, input() edits wide characters and reads pasted lines as one
     return input(prompt)
 
 

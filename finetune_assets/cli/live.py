@@ -1,4 +1,4 @@
-"""The live display of a run: one line an asset, and a progress bar under the one at work."""
+"""The live display of a run: one line for each asset, and a progress bar below the running one."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ STYLES = {
     "reused": "dim",
     "failed": "bold red",
 }
-PLAIN_EVERY = 10.0  # seconds between two progress lines when the output is no terminal
+PLAIN_EVERY = 10.0  # seconds between two progress lines when the output is not a terminal
 
 
 class LiveRun:
-    """Shows the events of a run on standard error; a context manager. In a CI log it prints plain lines instead.
+    """A context manager that shows the events of a run on standard error, as plain lines if that is not a terminal.
 
-    While it is open it has the terminal for itself: what libraries print is found in Dagster's log of the step.
+    While it is open, nothing else prints to the terminal: the output of libraries is in Dagster's log of the step.
     """
 
     def __init__(self, assets: Iterable[str], at_work: Iterable[str]):
@@ -73,7 +73,7 @@ class LiveRun:
 
     @property
     def reused(self) -> list[str]:
-        """The assets that were to be made and turned out to be up to date."""
+        """Return the assets that were to be built, but turned out to be up to date."""
         return [name for name, state in self._states.items() if state == "reused"]
 
     def event(self, asset: str, event: Event) -> None:

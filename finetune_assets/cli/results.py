@@ -1,4 +1,4 @@
-"""What a run has made, and what to try with it."""
+"""The results of a run: its artifacts, scores, and commands to try next."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from finetune_assets.store.artifact import Artifact
 
 
 def headline(made: int, reused: int, seconds: float) -> str:
-    """How many assets a run has made, and how many it found up to date although they might not have been."""
+    """Return how many assets a run has built, and how many that it was to build were already up to date."""
     if not made and not reused:
         return "everything is up to date"
-    stayed = f", {reused} stayed as {'they were' if reused > 1 else 'it was'}" if reused else ""
-    return f"{made} asset{'' if made == 1 else 's'} materialised in {tables.duration(seconds)}{stayed}"
+    unchanged = f", {reused} already up to date" if reused else ""
+    return f"{made} asset{'' if made == 1 else 's'} materialised in {tables.duration(seconds)}{unchanged}"
 
 
 def print_results(out: Console, recipe: Recipe, artifacts: Mapping[str, Artifact], models: Path) -> None:
-    """Where everything lies, what the model is worth, and how to talk to it.
+    """Print where the artifacts are, how the model scores, and the commands that chat with it.
 
     Args:
-        models: our own Ollama model store.
+        models: the project's own Ollama model store.
     """
     out.print(tables.artifacts_table(artifacts), "")
     if "eval_metrics" in artifacts:
@@ -40,7 +40,7 @@ def print_results(out: Console, recipe: Recipe, artifacts: Mapping[str, Artifact
 
 
 def _next_commands(recipe: Recipe, served: Artifact, models: Path) -> list[str]:
-    """As they can be typed here: with the program's path where it is not on the PATH."""
+    """Return commands to type here, with the path of `finetune` if it is not on the PATH."""
     program = "finetune" if shutil.which("finetune") else tables.short_path(Path(sys.argv[0]))
     return [
         f'{program} chat {recipe.name} --with base -m "Who are you?"',

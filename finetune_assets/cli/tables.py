@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from finetune_assets.cli.doctor import Check
 
 STATE_STYLES = {"fresh": "green", "stale": "yellow", "missing": "red", "maybe": "cyan"}
-UNTIMED = "no past run to go by"
+UNTIMED = "no earlier run to estimate from"
 CHECK_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def plan_json(plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> list[dict[str, Any]]:
-    """`finetune plan --json`: asset, state and reasons, seconds and bytes (null: unknown) of each, upstreams first."""
+    """Return `finetune plan --json`: each asset's state, reasons, seconds, bytes (null: unknown), upstreams first."""
     nothing = Cost(0, 0)
     rows = [(item, costs.get(item.asset, nothing)) for item in plan.values()]
     return [
@@ -47,7 +47,7 @@ def plan_json(plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> list[di
 
 
 def plan_tree(recipe: str, plan: Mapping[str, Planned], costs: Mapping[str, Cost]) -> Tree:
-    """The plan as a tree along the lineage: an asset hangs below the last of its upstreams."""
+    """Return the plan as a tree along the lineage, with each asset below the last of its upstreams."""
     tree = Tree(Text(recipe, style="bold"))
     branches: dict[str, Tree] = {}
     for item in plan.values():
@@ -58,7 +58,7 @@ def plan_tree(recipe: str, plan: Mapping[str, Planned], costs: Mapping[str, Cost
 
 
 def planned_line(item: Planned, cost: Cost | None = None) -> Text:
-    """An asset, its state, what making it takes, and the reasons."""
+    """Return a line with an asset, its state, its expected cost, and the reasons."""
     line = Text(item.asset)
     line.append(f"  {item.state}", style=STATE_STYLES[item.state])
     if cost is not None:
@@ -71,7 +71,7 @@ def planned_line(item: Planned, cost: Cost | None = None) -> Text:
 
 
 def plan_total(total: Total, free: int) -> list[Text]:
-    """What the whole run takes, and a warning where the disk (bytes free) is too small for it."""
+    """Return the expected cost of the whole run, and a warning if it exceeds the free bytes of the disk."""
     if total.seconds_at_most:
         took = f"a run takes about {_span(duration(total.seconds), duration(total.seconds_at_most))}"
         if total.untimed:
@@ -84,7 +84,7 @@ def plan_total(total: Total, free: int) -> list[Text]:
     needed = total.bytes_at_most + total.scratch
     if needed > free:
         text = f"not enough disk space: {human_size(needed)} may be needed, {human_size(free)} are free"
-        lines.append(Text(f"{text}; finetune gc frees what nothing needs", style="bold red"))
+        lines.append(Text(f"{text}; finetune gc removes artifacts that nothing needs", style="bold red"))
     return lines
 
 
@@ -93,13 +93,13 @@ def _span(least: str, most: str) -> str:
 
 
 def known_artifacts(recipe: Recipe, plan: Mapping[str, Planned], store: ArtifactStore) -> dict[str, Artifact]:
-    """Each asset's artifact: the wanted one if it is there, else the one made last."""
-    found = {name: item.artifact or store.current(recipe.name, name) for name, item in plan.items()}
-    return {name: artifact for name, artifact in found.items() if artifact is not None}
+    """Return each asset's artifact: the one that the recipe asks for if it is there, else the newest."""
+    artifacts = {name: item.artifact or store.current(recipe.name, name) for name, item in plan.items()}
+    return {name: artifact for name, artifact in artifacts.items() if artifact is not None}
 
 
 def artifacts_json(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
-    """`finetune artifacts --json`: asset -> path, fingerprint, data_version, files."""
+    """Return `finetune artifacts --json`: asset -> path, fingerprint, data_version, files."""
     return {
         name: {
             "path": str(artifact.path),
@@ -112,7 +112,7 @@ def artifacts_json(artifacts: Mapping[str, Artifact]) -> dict[str, Any]:
 
 
 def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
-    """What was made, how large, and where."""
+    """Return a table of the artifacts, their sizes, and where they are."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("asset", "size", "where"):
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
@@ -122,20 +122,20 @@ def artifacts_table(artifacts: Mapping[str, Artifact]) -> Table:
 
 
 def serving_lines(recipe: Recipe, artifacts: Mapping[str, Artifact], models: Path) -> list[Text]:
-    """How to serve what was made: for each asset that can be served, its name and lines for a shell.
+    """Return the name of each asset that can be served, followed by the shell commands that serve it.
 
     Args:
-        models: our own Ollama model store.
+        models: the project's own Ollama model store.
     """
     lines: list[Text] = []
     for name, artifact in artifacts.items():
-        if found := commands(name, artifact, recipe, models):
-            lines += [Text(f"serve {name}", style="bold"), *(Text(f"  {line}") for line in found)]
+        if serving := commands(name, artifact, recipe, models):
+            lines += [Text(f"serve {name}", style="bold"), *(Text(f"  {line}") for line in serving)]
     return lines
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """Base against tuned, on the test rows."""
+    """Return the scores of the base and the tuned model on the test rows, side by side."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in (f"on {metrics['rows']} test rows", "base", "tuned"):
         table.add_column(column, justify="right" if column in ("base", "tuned") else "left")
@@ -146,7 +146,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def checks_table(checks: list[Check]) -> Table:
-    """`finetune doctor`: what was found, and what to do where something is wrong."""
+    """Return the table of `finetune doctor`: what each check found, and what to do if something is wrong."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
@@ -156,17 +156,17 @@ def checks_table(checks: list[Check]) -> Table:
 
 
 def short_path(path: Path) -> str:
-    """The path as one would type it here."""
+    """Return the path as a user would type it in the current folder."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def moment(created: str) -> str:
-    """A manifest's time as people write it: `2026-11-22 15:45 UTC`."""
+    """Return a manifest's time in the form `2026-11-22 15:45 UTC`."""
     return f"{created[:10]} {created[11:16]} UTC"
 
 
 def duration(seconds: float) -> str:
-    """`8.3 s`, `2 min 05 s`, `1 h 12 min`."""
+    """Return a duration in the form `8.3 s`, `2 min 05 s` or `1 h 12 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

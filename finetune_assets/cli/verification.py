@@ -1,4 +1,4 @@
-"""`finetune verify`: checks as a table for people and as JSON for programs."""
+"""The output of `finetune verify`: a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from finetune_assets.export.ollama.served_checks import Check
 
 
 def all_good(found: Mapping[str, Sequence[Check]]) -> bool:
-    """Whether every check is."""
+    """Return True if every check passed."""
     return all(check.ok for checks in found.values() for check in checks)
 
 
 def verification_json(found: Mapping[str, Sequence[Check]]) -> list[dict[str, Any]]:
-    """Of each check: subject, name, ok, and what was found."""
+    """Return subject, name, result and finding of each check."""
     return [
         {"subject": subject, "check": check.name, "ok": check.ok, "found": check.found}
         for subject, checks in found.items()
@@ -27,7 +27,7 @@ def verification_json(found: Mapping[str, Sequence[Check]]) -> list[dict[str, An
 
 
 def print_verification(out: Console, found: Mapping[str, Sequence[Check]]) -> None:
-    """A table for each subject, and the verdict."""
+    """Print a table for each subject, and the verdict."""
     for subject, checks in found.items():
         table = Table(box=None, pad_edge=False, show_header=False)
         for check in checks:

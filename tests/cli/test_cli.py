@@ -115,8 +115,8 @@ def test_planning_loads_neither_torch_nor_dagster(mini: MiniProject):
     [
         (0, 0, "everything is up to date"),
         (3, 0, "3 assets materialised in 8.0 s"),
-        (1, 2, "1 asset materialised in 8.0 s, 2 stayed as they were"),
-        (0, 1, "0 assets materialised in 8.0 s, 1 stayed as it was"),
+        (1, 2, "1 asset materialised in 8.0 s, 2 already up to date"),
+        (0, 1, "0 assets materialised in 8.0 s, 1 already up to date"),
     ],
 )
 def test_what_was_reused_does_not_count_as_made(made: int, reused: int, words: str):

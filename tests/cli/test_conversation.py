@@ -62,7 +62,7 @@ def talk(
 def test_several_answer_in_turn_with_their_names_and_speeds():
     engines = {"base": Parrot("old"), "ollama": Parrot("new", speed=None)}
     said = talk(engines, "Hello [bold]", "again", "/reset", "third", "/bye", "never", system="Be brief.")
-    assert said[0].startswith("talking to old, new; /bye or Ctrl-D to leave, /reset to begin again")
+    assert said[0].startswith("talking to old, new; /bye or Ctrl-D to leave, /reset to start over")
     assert said[1:] == [
         *("base", "old [2] Hello [bold]", "12.3 tokens/s", "ollama", "new [1] Hello [bold]"),
         *("base", "old [4] again", "12.3 tokens/s", "ollama", "new [3] again"),
@@ -80,7 +80,7 @@ def test_what_is_not_answered_is_forgotten():
     engines = {"base": Parrot("old"), "gguf": Parrot("new")}
     said = talk(engines, "one", "Ctrl-C", "long", "two")
     assert said[-6:] == ["base", "old [3] two", "12.3 tokens/s", "gguf", "new [3] two", "12.3 tokens/s"]
-    assert "broken off; the question is forgotten" in said
+    assert "interrupted; question discarded" in said
     assert said[said.index("it does not fit") :][:2] == ["it does not fit", "ask for less"]
     with pytest.raises(StepFailed, match="it does not fit"):  # one question has an exit code
         talk(engines, message="long")

@@ -231,13 +231,13 @@ def test_the_total_tells_what_will_run_from_what_may(mini: MiniProject, made: di
         (Total(207, 207, 20_000_000, 20_000_000, 0, (), ()), 48 * 10**9,
          ["a run takes about 3 min 27 s, writes about 20.0 MB; 48.0 GB are free"]),
         (Total(207, 260, 10**9, 2 * 10**9, 0, ("gguf_file",), ("gguf_file",)), 48 * 10**9,
-         ["a run takes about 3 min 27 s (up to 4 min 20 s), not counting gguf_file (no past run to go by), "
+         ["a run takes about 3 min 27 s (up to 4 min 20 s), not counting gguf_file (no earlier run to estimate from), "
           "writes at least 1.0 GB (up to 2.0 GB); 48.0 GB are free"]),
         (Total(0, 0, 5000, 5000, 0, ("base_model",), ()), 48 * 10**9,
-         ["how long a run takes is unknown (no past run to go by), writes about 5.0 kB; 48.0 GB are free"]),
+         ["how long a run takes is unknown (no earlier run to estimate from), writes about 5.0 kB; 48.0 GB are free"]),
         (Total(1, 1, 10**9, 2 * 10**9, 3 * 10**9, (), ()), 4 * 10**9,
          ["a run takes about 1.0 s, writes about 1.0 GB (up to 2.0 GB); 4.0 GB are free",
-          "not enough disk space: 5.0 GB may be needed, 4.0 GB are free; finetune gc frees what nothing needs"]),
+          "not enough disk space: 5.0 GB may be needed, 4.0 GB are free; finetune gc removes artifacts that nothing needs"]),
     ],
 )  # fmt: skip
 def test_the_last_line(whole: Total, free: int, lines: list[str]):
