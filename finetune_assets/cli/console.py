@@ -23,6 +23,6 @@ class SafeConsole(Console):
         super().__init__(file=file, stderr=stderr, markup=False, emoji=False)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Yield the segments of what is printed, with their text cleaned; rich's own control segments pass unchanged."""
+        """Yield the segments to print, with their text cleaned; rich's own control segments pass unchanged."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else printable(mask(text)), style, control)

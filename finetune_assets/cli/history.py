@@ -1,4 +1,4 @@
-"""What was made of what, and what went: for people and for programs."""
+"""The output of `finetune explain` and `finetune gc`: trees and tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SHORT = 12  # digits of a digest that are shown
 
 
 def ancestry_tree(recipe: str, found: Sequence[Ancestor]) -> Tree:
-    """`finetune explain`: an artifact, and below it what it was made of; one that is met again is not told again."""
+    """Return the tree of `finetune explain`: an artifact above its inputs; facts of a repeated input appear once."""
     by_key = {(item.asset, item.fingerprint): item.described() for item in found}
-    told: set[tuple[str, str]] = set()
+    shown_before: set[tuple[str, str]] = set()
 
     def add(tree: Tree, key: tuple[str, str], known: Mapping[str, str]) -> None:
         facts = by_key[key]
         if not facts["present"]:
-            tree.add(Text("no longer there: its manifest went with it", style="yellow"))
+            tree.add(Text("removed, with its manifest", style="yellow"))
             return
-        if key in told:
+        if key in shown_before:
             tree.add(Text("as above", style="dim"))
             return
-        told.add(key)
+        shown_before.add(key)
         for title, text in _lines(facts, known):
             tree.add(Text.assemble((f"{title}  ", "dim"), text))
         for below in facts["inputs"].items():
@@ -49,14 +49,14 @@ def _name(asset: str, fingerprint: str) -> Text:
 
 
 def _lines(facts: Mapping[str, Any], known: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Title and text of each line; library versions only where they are not those of what was made of it."""
-    made = f"{moment(facts['created'])}, in {facts['seconds']} s"
+    """Return title and text of each line; library versions only if they differ from those of the artifact above."""
+    build = f"{moment(facts['created'])}, in {facts['seconds']} s"
     if facts["device"]:
-        made += f", on {facts['device']} ({facts['precision']})"
+        build += f", on {facts['device']} ({facts['precision']})"
     values = [f"{key} {shown(value)}" for key, value in facts["recipe"].items()]
     libraries = facts["libraries"] if facts["libraries"] != known else {}
     lines = [
-        ("made", f"{made}, seed {facts['seed']}"),
+        ("built", f"{build}, seed {facts['seed']}"),
         ("data version", facts["data_version"]),
         ("recipe", ", ".join(values) or "all defaults"),
         ("sources", _pairs(facts["sources"])),
@@ -82,7 +82,7 @@ def _brief(value: Any) -> str:
 
 
 def collection_json(done: Collection, dry_run: bool) -> dict[str, Any]:
-    """`finetune gc --json`."""
+    """Return the output of `finetune gc --json`."""
     return {
         "dry_run": dry_run,
         "freed_bytes": done.freed,
@@ -113,14 +113,14 @@ def collection_json(done: Collection, dry_run: bool) -> dict[str, Any]:
 
 
 def print_collection(out: Console, done: Collection, dry_run: bool) -> None:
-    """`finetune gc`: what stays and why, what goes, and how much the disk gets back."""
+    """Print the output of `finetune gc`: what is kept and why, what is removed, and how much space that frees."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "what", "made", "size", "why"):
+    for column in ("", "what", "built", "size", "reason"):
         table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
     for item in done.kept:
         artifact = item.artifact
         table.add_row(
-            Text("stays", style="green"),
+            Text("keep", style="green"),
             f"{artifact.manifest['recipe']}/{artifact.manifest['asset']} {artifact.fingerprint[:8]}",
             moment(artifact.created),
             human_size(artifact.size),
@@ -129,13 +129,15 @@ def print_collection(out: Console, done: Collection, dry_run: bool) -> None:
     for item in done.removed:
         artifact = item.artifact
         table.add_row(
-            Text("goes", style="yellow"),
+            Text("remove", style="yellow"),
             f"{item.recipe}/{artifact.manifest['asset']} {artifact.fingerprint[:8]}"
             if artifact
             else short_path(item.path),
             moment(artifact.created) if artifact else "",
             human_size(item.bytes),
-            "nothing needs it" if artifact else {"blob": "of no model"}.get(item.kind, "left by a builder that ended"),
+            "nothing needs it"
+            if artifact
+            else {"blob": "no model uses it"}.get(item.kind, "left behind by an ended run"),
         )
     if table.rows:
         out.print(table, "")

@@ -84,7 +84,7 @@ def plan_total(total: Total, free: int) -> list[Text]:
     needed = total.bytes_at_most + total.scratch
     if needed > free:
         text = f"not enough disk space: {human_size(needed)} may be needed, {human_size(free)} are free"
-        lines.append(Text(f"{text}; finetune gc removes artifacts that nothing needs", style="bold red"))
+        lines.append(Text(f"{text}; finetune gc removes unneeded artifacts", style="bold red"))
     return lines
 
 
@@ -93,7 +93,7 @@ def _span(least: str, most: str) -> str:
 
 
 def known_artifacts(recipe: Recipe, plan: Mapping[str, Planned], store: ArtifactStore) -> dict[str, Artifact]:
-    """Return each asset's artifact: the one that the recipe asks for if it is there, else the newest."""
+    """Return each asset's artifact: the one that the recipe asks for if it is there, else the current one."""
     artifacts = {name: item.artifact or store.current(recipe.name, name) for name, item in plan.items()}
     return {name: artifact for name, artifact in artifacts.items() if artifact is not None}
 

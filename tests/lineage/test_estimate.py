@@ -237,7 +237,7 @@ def test_the_total_tells_what_will_run_from_what_may(mini: MiniProject, made: di
          ["how long a run takes is unknown (no earlier run to estimate from), writes about 5.0 kB; 48.0 GB are free"]),
         (Total(1, 1, 10**9, 2 * 10**9, 3 * 10**9, (), ()), 4 * 10**9,
          ["a run takes about 1.0 s, writes about 1.0 GB (up to 2.0 GB); 4.0 GB are free",
-          "not enough disk space: 5.0 GB may be needed, 4.0 GB are free; finetune gc removes artifacts that nothing needs"]),
+          "not enough disk space: 5.0 GB may be needed, 4.0 GB are free; finetune gc removes unneeded artifacts"]),
     ],
 )  # fmt: skip
 def test_the_last_line(whole: Total, free: int, lines: list[str]):

@@ -115,7 +115,7 @@ def test_an_ancestor_that_is_gone(mini: MiniProject, made: dict[str, Artifact]):
     assert set(facts) == KEYS
     assert facts["fingerprint"] == made["lora_adapter"].fingerprint
     assert facts["present"] is False and facts["created"] is None and facts["inputs"] is None
-    assert "no longer there" in text(found)
+    assert "removed, with its manifest" in text(found)
 
 
 def test_never_made(mini: MiniProject):
