@@ -1,7 +1,7 @@
-"""What each kind of change touches: makes it on a copy of a finished project and prints the plan.
+"""The page docs/changes.md: each kind of change, made on a copy of a finished project, and the plan after it.
 
 usage: python docs/changes.py RECIPE [> docs/changes.md]
-Run the recipe first (`make demo`). Artifacts are linked, not copied; nothing of the project itself is changed.
+Run the recipe first (`make demo`). Artifacts are linked, not copied; the project itself does not change.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from typing import Any
 import yaml
 
 PROJECT = Path(__file__).resolve().parent.parent
-HEAD = """# What a change touches
+HEAD = """# What each change touches
 
-Printed by `python docs/changes.py {recipe}`: each change is made on a copy of the finished project, alone, and
-`finetune plan {recipe}` says what a run would do. An asset that is not named stays as it is; *maybe* means that an
-upstream asset runs and may come out as it was, in which case the asset stays.
+`python docs/changes.py {recipe}` prints this page. It makes each change on its own copy of the finished project, and
+`finetune plan {recipe}` lists what a run would do. *maybe* means that an upstream asset runs: if its result is the
+same as before, the asset stays as it is.
 """
 
 
 class Copy:
-    """A copy of the project with everything that was made of it."""
+    """A copy of the project with all of its artifacts."""
 
     def __init__(self, root: Path, recipe: str):
         self.root, self.home, self.recipe = root, root / "dagster_home", root / "configs" / f"{recipe}.yaml"
-        made = Path(os.environ.get("DAGSTER_HOME") or PROJECT / "dagster_home")
+        built = Path(os.environ.get("DAGSTER_HOME") or PROJECT / "dagster_home")
         for name in ("configs", "data"):
             shutil.copytree(PROJECT / name, root / name)
         shutil.copyfile(PROJECT / "pyproject.toml", root / "pyproject.toml")
         for name in ("artifacts", "ollama"):
-            shutil.copytree(made / name, self.home / name, copy_function=os.link)
+            shutil.copytree(built / name, self.home / name, copy_function=os.link)
         (self.home / "cache").mkdir()
-        shutil.copyfile(made / "cache" / "digests.sqlite", self.home / "cache" / "digests.sqlite")
+        shutil.copyfile(built / "cache" / "digests.sqlite", self.home / "cache" / "digests.sqlite")
 
     def plan(self) -> str:
-        """What `finetune plan` prints."""
+        """Return the output of `finetune plan`."""
         environment = {
             **os.environ,
             "FINETUNE_PROJECT": str(self.root),
@@ -60,7 +60,7 @@ class Copy:
         self.recipe.write_text(yaml.safe_dump(content, sort_keys=True, allow_unicode=True), encoding="utf-8")
 
     def data(self) -> Path:
-        """The file of the recipe's first data set."""
+        """Return the file of the recipe's first data set."""
         names = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))["dataset"]["dataset"]
         registry = json.loads((self.root / "data" / "dataset_info.json").read_text(encoding="utf-8"))
         return self.root / "data" / registry[names[0]]["file_name"]
@@ -70,7 +70,7 @@ class Copy:
         self.data().write_text(json.dumps(edit(rows), ensure_ascii=False, indent=indent), encoding="utf-8")
 
     def published(self, asset: str, name: str) -> Path:
-        """A file of an asset's current artifact, as a copy that may be harmed."""
+        """Return a file of an asset's current artifact, replaced by a copy that a change may damage."""
         folder = self.home / "artifacts" / self.recipe.stem / asset
         path = folder / (folder / "CURRENT").read_text().strip() / name
         content = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Pictures of the Dagster UI for the documentation, from a real server and a real browser.
+"""Screenshots of the Dagster UI for the documentation, from a real server and a real browser.
 
 usage: python -m docs.screenshots RECIPE OUT_DIR
-Shows the state under DAGSTER_HOME; run the recipe first. Needs Chromium (CHROMIUM names it if it is not on the PATH).
+Shows the state under DAGSTER_HOME: run the recipe first. Needs Chromium; CHROMIUM names it if it is not on the PATH.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ QUIET = ("--disable-gpu", "--no-first-run", "--disable-background-networking", "
 
 
 def find_chromium() -> str | None:
-    """The browser: CHROMIUM, else the first one on the PATH."""
+    """Return the browser that CHROMIUM names, else the first one on the PATH."""
     names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 DAGSTER_DEV = (sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1")
@@ -37,7 +37,7 @@ DAGSTER_DEV = (sys.executable, "-m", "dagster", "dev", "-h", "127.0.0.1")
 
 @contextmanager
 def webserver(project: Path, home: Path, *, command: Sequence[str] = DAGSTER_DEV) -> Iterator[str]:
-    """Dagster's web server with its daemon over a project, on a free loopback port; yields its address."""
+    """Run Dagster's web server and daemon on a project, on a free loopback port; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -64,7 +64,7 @@ def webserver(project: Path, home: Path, *, command: Sequence[str] = DAGSTER_DEV
 
 @contextmanager
 def page(width: int = 1600, height: int = 1000) -> Iterator[Page]:
-    """An empty page of a headless browser."""
+    """Yield an empty page of a headless browser."""
     with sync_playwright() as playwright:
         sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=[*QUIET, *sandbox])
@@ -92,7 +92,7 @@ def main(recipe: str, out: Path) -> None:
     with webserver(project, home) as address, page() as browser:
         browser.goto(f"{address}/locations/finetune_assets/asset-groups/{recipe}/lineage")
         browser.get_by_text("ollama_model").first.wait_for(timeout=120_000)
-        browser.wait_for_timeout(5000)  # the states of the assets come after the graph
+        browser.wait_for_timeout(5000)  # the page shows the graph first, and the states of the assets later
         browser.screenshot(path=out / "lineage.png")
         for asset in ("lora_adapter", "eval_metrics", "ollama_model"):
             browser.goto(f"{address}/assets/{recipe}/{asset}?view=overview")
@@ -106,16 +106,16 @@ def main(recipe: str, out: Path) -> None:
 
 
 def stale(recipe: str, out: Path) -> None:
-    """The lineage after an edit of the recipe and of a data file that nobody told the running server of."""
+    """Take pictures of the lineage after edits of the recipe and a data file, which the running server has to find."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Copy(Path(folder), recipe)
         shutil.copyfile(PROJECT / "dagster_home" / "dagster.yaml", copy.home / "dagster.yaml")
         with webserver(copy.root, copy.home) as address, page(2000, 900) as browser:
             browser.goto(f"{address}/locations/finetune_assets/asset-groups/{recipe}/lineage")
-            browser.get_by_text("Materialized").first.wait_for(timeout=180_000)  # the sensor's first look
+            browser.get_by_text("Materialized").first.wait_for(timeout=180_000)  # the sensor's first tick
             copy.set("train", learning_rate=5e-4)
             new_and_changed_rows(copy)
-            browser.get_by_text("Unsynced").first.wait_for(timeout=180_000)  # its next one
+            browser.get_by_text("Unsynced").first.wait_for(timeout=180_000)  # its next tick
             browser.wait_for_timeout(5000)
             browser.screenshot(path=out / "stale.png")
             browser.goto(f"{address}/assets/{recipe}/lora_adapter_config?view=overview")

@@ -1,1 +1,1 @@
-"""What the outside world is to the assets: device, model sources, artifact store, Ollama."""
+"""Dagster resources: the device, worker processes, the webhook, and the end of dead runs."""

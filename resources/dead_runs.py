@@ -1,7 +1,7 @@
-"""Runs whose process is gone: they end as failed, and their slots are free again.
+"""Runs whose process is gone: they are reported as failed, and their slots are freed.
 
-A run that was killed says nothing any more. Dagster's monitoring asks launchers, and the default launcher cannot tell;
-a run of the command line has no launcher at all. So every run carries the identity of its process as a tag.
+A killed run reports nothing. Dagster's monitoring asks the launcher, and the default launcher does not know; a run of
+the command line has no launcher. So every run carries the identity of its process as a tag.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ UNFINISHED = [
 
 
 def this_process() -> dict[str, str]:
-    """The tag of a run that executes in this process: host, pid, and start time, as pids are used again."""
+    """Return the tag of a run in this process: host, pid and start time, because the system reuses pids."""
     return {PROCESS_TAG: f"{_host()}:{os.getpid()}:{_began(os.getpid())}"}
 
 
 def tag_run(context: dg.AssetExecutionContext) -> None:
-    """Put this process's tag on the run of a step, if it has none yet.
+    """Tag the run of a step with this process, unless it has a tag.
 
-    Another executor starts a process for each step, which ends before the run does: such a run gets no tag.
+    Other executors start a process for each step, which ends before the run does: such a run gets no tag.
     """
     if PROCESS_TAG not in context.run.tags and context.job_def.executor_def.name == dg.in_process_executor.name:
         context.instance.add_run_tags(context.run.run_id, this_process())
 
 
 def is_dead(run: DagsterRun) -> bool:
-    """True when the run's process was one of this machine and is gone. Of other machines' runs nothing is known."""
+    """Return True if the run's process was on this machine and is gone. Runs of other machines are never dead."""
     host, _, rest = run.tags.get(PROCESS_TAG, "").partition(":")
     pid, _, began = rest.partition(":")
     if host != _host() or not pid.isdigit():
@@ -49,9 +49,9 @@ def is_dead(run: DagsterRun) -> bool:
 
 
 def end_dead_runs(instance: DagsterInstance) -> list[str]:
-    """Report dead runs as failed (canceled, if that was being done) and free what slots they hold; their ids.
+    """Report dead runs as failed (as canceled, if that was under way), free their slots, and return their ids.
 
-    Slots of runs that ended, or were deleted, are freed as well.
+    Slots of finished and deleted runs are freed as well.
     """
     ended = []
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
@@ -73,10 +73,10 @@ def end_dead_runs(instance: DagsterInstance) -> list[str]:
 
 
 def unfinished_run_of(recipe: str, instance: DagsterInstance, chain: Sequence[str]) -> DagsterRun | None:
-    """Return a run that materialises something of the recipe, or is about to.
+    """Return a run that materialises, or is about to materialise, an asset of the recipe; None if there is none.
 
     Args:
-        chain: the parts that the keys of all assets of the recipe begin with.
+        chain: the first parts of the keys of all assets of the recipe.
     """
     for run in instance.get_runs(RunsFilter(statuses=UNFINISHED)):
         selected = run.asset_selection or ()
@@ -86,9 +86,9 @@ def unfinished_run_of(recipe: str, instance: DagsterInstance, chain: Sequence[st
 
 
 def _began(pid: int) -> str | None:
-    """When a process began, as a word to compare; None when there is none, or only its zombie.
+    """Return the start time of a process as a text to compare; None if there is no process, or a zombie.
 
-    On Linux in clock ticks since the boot, which hold when the clock is set.
+    On Linux it is in clock ticks since the boot, which do not change when the clock is set.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # proc(5): 3 state, 22 start

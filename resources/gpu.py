@@ -1,4 +1,4 @@
-"""The device that training and evaluation run on, and one computation at a time on it."""
+"""The device that training and evaluation run on, and the lock that allows one computation at a time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Lease:
-    """One device, held.
+    """A device that this process holds.
 
     Args:
-        environment: for the process that computes: it sees this device only.
-        lock: the file descriptor that holds the lock. Inherited by a child, it holds as long as that lives.
+        environment: variables for the process that computes, which then sees only this device.
+        lock: the file descriptor that holds the lock. A child that inherits it holds the lock until it ends.
     """
 
     environment: Mapping[str, str]
@@ -36,24 +36,24 @@ class Lease:
 
 
 class GpuResource(dg.ConfigurableResource):
-    """Where to compute: CUDA with bf16 or fp16, Apple's MPS, or the CPU; auto takes the first that is there."""
+    """The device to compute on: CUDA with bf16 or fp16, Apple's MPS, or the CPU; auto takes the first available."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
 
     @contextmanager
     def lease(self, progress: Progress) -> Iterator[Lease]:
-        """Hold one device of this machine while the context is open; wait while every one is taken.
+        """Hold one device of this machine while the context is open; wait while all devices are taken.
 
-        Dagster's pool counts its own runs only. This lock also keeps out the command line, other instances and other
-        checkouts of the same user, and lapses with the processes that hold it.
+        Dagster's pool counts only its own runs. This lock also excludes the command line, other instances and other
+        checkouts of the same user, and ends with the processes that hold it.
 
         Args:
-            progress: told once for whom it waits.
+            progress: receives one message that names the process it waits for.
         """
-        folder, there = lock_folder(), devices(self.device)
-        told = False
+        folder, available = lock_folder(), devices(self.device)
+        reported = False
         while True:
-            for name, environment in there.items():
+            for name, environment in available.items():
                 with (folder / f"{name}.lock").open("a+") as file:
                     try:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -64,37 +64,37 @@ class GpuResource(dg.ConfigurableResource):
                     file.flush()
                     yield Lease(environment, file.fileno())
                     return
-            if not told:
-                told = True
-                taken = " or ".join(_held(folder, name) for name in there)
+            if not reported:
+                reported = True
+                taken = " or ".join(_held(folder, name) for name in available)
                 progress(message(f"waits for {taken}"))
             time.sleep(POLL_SECONDS)
 
 
 def devices(wanted: str) -> dict[str, dict[str, str]]:
-    """What can be leased here: name -> the environment that shows a process this device only. Does not load torch."""
+    """Return name -> environment of each device to lease: it hides all others from a process. Does not load torch."""
     if wanted in ("auto", "cuda"):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is None:
             numbers = sorted(int(path.name[len("nvidia") :]) for path in Path("/dev").glob("nvidia[0-9]*"))
-            found = [str(number) for number in numbers]
+            names = [str(number) for number in numbers]
         else:
-            found = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
-        if found:
-            return {f"cuda-{name.replace('/', '_')}": {"CUDA_VISIBLE_DEVICES": name} for name in found}
+            names = [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+        if names:
+            return {f"cuda-{name.replace('/', '_')}": {"CUDA_VISIBLE_DEVICES": name} for name in names}
     return {"cpu" if wanted == "cpu" else "device": {}}
 
 
 def lock_folder() -> Path:
-    """Where the locks of this machine's devices lie: one folder a user, whatever session the process belongs to.
+    """Return the folder of this machine's device locks: one for each user, the same in every session.
 
     Raises:
-        StepFailed: the folder is somebody else's.
+        StepFailed: the folder belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"finetune-assets-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise StepFailed(f"{folder} belongs to another user", "remove it, or set TMPDIR to a folder of your own")
+        raise StepFailed(f"{folder} belongs to another user", "remove it, or set TMPDIR to your own folder")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Where failed runs are announced: any service that takes JSON over HTTP (Slack and its like read `text`)."""
+"""The webhook that reports failed runs: any service that accepts JSON over HTTP (Slack, for one, reads `text`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TIMEOUT_SECONDS = 10
 
 
 class WebhookResource(dg.ConfigurableResource):
-    """Posts to the address in an environment variable, as such addresses are secrets: they appear in no log.
+    """A webhook whose address is in an environment variable, because it is a secret that no log may show.
 
     Args:
         ui: address of the Dagster UI, for links to runs.
@@ -27,10 +27,10 @@ class WebhookResource(dg.ConfigurableResource):
         return bool(os.environ.get(VARIABLE))
 
     def post_failure(self, *, recipe: str | None, run_id: str, asset: str | None, message: str) -> None:
-        """Announce a failed run.
+        """Post a failed run.
 
         Raises:
-            RuntimeError: the address did not take it.
+            RuntimeError: the address could not be reached, or refused the post.
         """
         link = f"{self.ui}/runs/{run_id}"
         body = {

@@ -1,7 +1,7 @@
-"""Heavy work of a Dagster step in a process of its own, through a Dagster Pipes session.
+"""Heavy work of a Dagster step in its own process, through a Dagster Pipes session.
 
-Dagster's own PipesSubprocessClient interrupts the direct child only and leaves one that ignores it alive; here
-`worker.launch` starts and ends the child, with everything that it started, and the session goes around that.
+Dagster's PipesSubprocessClient interrupts only the direct child, and leaves it alive if it ignores that. So
+`worker.launch` starts and ends the child, with every process that it started, inside the session.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resources.gpu import Lease
 
 
 class CarriedByLaunch(dg.PipesContextInjector, dg.PipesMessageReader):
-    """Context and messages travel over pipes that `launch` opens and reads: there is nothing for a session to do."""
+    """An injector and reader that do nothing: `launch` carries context and messages over its own pipes."""
 
     @contextmanager
     def inject_context(self, context_data: PipesContextData) -> Iterator[PipesParams]:
@@ -43,7 +43,7 @@ def run_worker(
     worker: Sequence[str] = launch.WORKER,
     grace_seconds: float = launch.GRACE_SECONDS,
 ) -> dict[str, Any]:
-    """Do a task on the leased device in a child of this step; what the child logs is in Dagster's log at once.
+    """Run a task on the leased device in a child of this step, whose log lines reach Dagster's log at once.
 
     Raises:
         BadInput, StepFailed: as `launch.run`.
