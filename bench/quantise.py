@@ -1,16 +1,16 @@
-"""How fast types are made, and in how much memory, next to llama.cpp's own llama-quantize on as many threads.
+"""A benchmark of quantisation, in time and memory, against llama.cpp's llama-quantize on as many threads.
 
 usage: python -m bench.quantise [RECIPE] [--rounds N] [--billions B]
 
-- f16 -> q8_0, f16 -> q4_k_m: a file of f16 converted from the recipe's merged model (make demo), or from its base model
-- with --billions also from a random file of that many thousand million weights, in the shape of Qwen2-1.5B
-- Hugging Face folder -> f16, q8_0, q4_k_m, q6_k: ours, in one process, and what a person would run instead:
-  convert_hf_to_gguf.py and llama-quantize three times, of the same llama.cpp
+- f16 -> q8_0, f16 -> q4_k_m: from an f16 file converted from the recipe's merged model (make demo), else its base model
+- with --billions also from a random file of that many billion weights, in the shape of Qwen2-1.5B
+- Hugging Face folder -> f16, q8_0, q4_k_m, q6_k: the project's code in one process, against convert_hf_to_gguf.py and
+  three runs of llama-quantize, of the same llama.cpp
 
-llama-quantize is built from the pinned sources (see bench/llama_tools.py). Each pair is measured in turn, N rounds, the
-file in the page cache; printed are medians. Wall and CPU seconds are those of whole processes, imports included. "own"
-is the peak of the memory that a process has to itself, and the one to compare: it does not count the pages of mapped
-files, which the system can take back at any time; "resident" counts these, too.
+bench/llama_tools.py builds llama-quantize from the pinned sources. The script measures each pair in turn, N rounds,
+with the file in the page cache, and prints medians. Wall and CPU seconds are of whole processes, including imports.
+"own" is the peak of private memory, and the figure to compare. "resident" adds the pages of mapped files, which the
+system can free at any time.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ OUR_CHAIN = "import sys; from pathlib import Path; from finetune_assets.export.g
     "convert(Path(sys.argv[1]), out / 'x-f16.gguf', 'f16', Path(sys.argv[3]), name='x'); "
     "make_types(out / 'x-f16.gguf', sys.argv[4:], out, 'x')"
 )
-MEMORY = r"(RssAnon|VmRSS):\s+(\d+) kB"  # of /proc/PID/status
+MEMORY = r"(RssAnon|VmRSS):\s+(\d+) kB"  # in /proc/PID/status
 Command = Sequence[str | Path]
 
 
 @dataclass
 class Cost:
-    """Of commands that ran one after the other: seconds add up, memory (MB) is the largest."""
+    """The cost of commands that ran one after the other: the sum of seconds, and the maximum of memory (MB)."""
 
     wall: float = 0
     cpu: float = 0
@@ -61,7 +61,7 @@ class Cost:
 def measure(commands: Sequence[Command]) -> Cost:
     cost = Cost()
     for command in commands:
-        os.sync()  # what was written before is not written out at this one's expense
+        os.sync()  # so that this command does not pay for earlier writes
         before = os.times()
         started = time.perf_counter()
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -78,27 +78,27 @@ def measure(commands: Sequence[Command]) -> Cost:
 
 
 def _watch(process: int, cost: Cost) -> None:
-    """Note the memory of a process and of those that it started until it ends, 100 times a second."""
-    while (found := _memory(process))[0]:
-        cost.own = max(cost.own, found[0])
-        cost.resident = max(cost.resident, found[1])
+    """Record the memory of a process and its descendants until it ends, 100 times a second."""
+    while (sizes := _memory(process))[0]:
+        cost.own = max(cost.own, sizes[0])
+        cost.resident = max(cost.resident, sizes[1])
         time.sleep(0.01)
 
 
 def _memory(process: int) -> tuple[float, float]:
-    """Own and resident MB of a process and of those that it started; zeros once it has ended."""
+    """Return own and resident MB of a process and its descendants; zeros once it has ended."""
     folder = Path(f"/proc/{process}")
     try:
         sizes = {name: int(size) for name, size in re.findall(MEMORY, (folder / "status").read_text())}
         children = [int(child) for file in folder.glob("task/*/children") for child in file.read_text().split()]
-    except OSError:  # it ended just now
+    except OSError:  # the process ended in the meantime
         return 0, 0
     parts = [(sizes.get("RssAnon", 0) / 1000, sizes.get("VmRSS", 0) / 1000), *map(_memory, children)]
     return sum(own for own, _ in parts), sum(resident for _, resident in parts)
 
 
 def compare(title: str, works: Mapping[str, Callable[[Path], Sequence[Command]]], rounds: int) -> None:
-    """Measure all works in turn, the last first in every other round, and print medians."""
+    """Measure all works in turn, in reverse order in every other round, and print medians."""
     figures: dict[str, list[Cost]] = {name: [] for name in works}
     for number in range(rounds):
         for name in list(works)[:: 1 if number % 2 == 0 else -1]:
@@ -131,7 +131,7 @@ def compare_types(tool: Path, source: Path, rounds: int) -> None:
 
 
 def make_large(path: Path, billions: float) -> None:
-    """A file of f16 in the shape of Qwen2-1.5B with as many layers as make up the size; its weights repeat."""
+    """Write an f16 file in the shape of Qwen2-1.5B, with as many layers as the size needs; the weights repeat."""
     import gguf
     import numpy as np
 
@@ -165,23 +165,23 @@ def make_large(path: Path, billions: float) -> None:
 
 
 def in_a_process(work: Callable[..., None], *arguments: object) -> None:
-    """What is started from a large process begins large, so large things are made elsewhere."""
+    """Run work in a separate process: a child of a large process would start with its peak memory."""
     with multiprocessing.get_context("spawn").Pool(1) as maker:
         maker.apply(work, arguments)
 
 
 def merged_or_base(recipe: str, folder: Path) -> Path:
-    """The recipe's merged model, or its base model, fetched into `folder`."""
+    """Return the recipe's merged model; without one, download its base model into `folder`."""
     listing = subprocess.run(
         [sys.executable, "-m", "finetune_assets.cli", "artifacts", recipe, "--json"],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    made = json.loads(listing.stdout)
-    if "merged_model" in made:
-        return Path(made["merged_model"]["path"])
-    print(f"{recipe} has no merged model yet: its base model is measured")
+    artifacts = json.loads(listing.stdout)
+    if "merged_model" in artifacts:
+        return Path(artifacts["merged_model"]["path"])
+    print(f"{recipe} has no merged model yet: measuring its base model")
     in_a_process(fetch_base, recipe, folder)
     return folder
 

@@ -40,7 +40,7 @@ def tag_run(context: dg.AssetExecutionContext) -> None:
 
 
 def is_dead(run: DagsterRun) -> bool:
-    """Return True if the run's process was on this machine and is gone. Runs of other machines are never dead."""
+    """Return True if the run's process was on this machine and is gone; False if it was on a different machine."""
     host, _, rest = run.tags.get(PROCESS_TAG, "").partition(":")
     pid, _, began = rest.partition(":")
     if host != _host() or not pid.isdigit():
