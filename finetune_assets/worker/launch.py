@@ -1,9 +1,9 @@
-"""A job in a process of its own: a crash cannot take the caller down, and all memory is returned at the end.
+"""The launcher of a worker process: a crash does not end the caller, and all memory is released at the end.
 
     caller -> guard (own session, no terminal signals) -> worker (own process group)
 
-The guard ends the worker's whole group when the caller cancels or dies; see `guard`. The worker is spoken to by
-Dagster Pipes, over two pipes that it inherits: a worker that any Pipes client can start. POSIX only (Linux, macOS).
+The guard ends the worker's whole group when the caller cancels or dies; see `guard`. Launcher and worker
+communicate by Dagster Pipes over two inherited pipes, so any Pipes client can start a worker. POSIX only: Linux, macOS.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ NO_RUN = PipesContextData(
     retry_number=0,
     extras={},
 )
-"""What a worker is told of Dagster when there is no Dagster run."""
+"""The Pipes context of a worker without a Dagster run."""
 
 
 def run(
@@ -71,18 +71,19 @@ def run(
     """Do a task in a child process, wait for it and return its report.
 
     Whatever ends the wait early (Ctrl-C, a terminated run, an exception out of `progress`) ends the child's whole
-    process group first: TERM, `grace_seconds`, KILL. So does the death of this process, however it comes.
+    process group first: TERM, `grace_seconds`, KILL. The death of this process has the same effect, whatever its cause.
 
     Args:
         progress: is called with each event, in this thread.
-        env: environment variables for the child, besides those of this process that it needs (`child_environment`).
+        env: more environment variables for the child, besides those that it takes from this process
+            (`child_environment`).
         context: the Dagster run that the task is part of.
         on_message: is called with each other Pipes message (opened, log, closed, ...), in this thread.
-        held: descriptors that stay open until everything of the child is gone, also if this process dies: of locks.
-        worker: the command; it finds the task by the two environment variables of Dagster Pipes.
+        held: descriptors of locks; they stay open until every process of the child has ended, even if this one dies.
+        worker: the command; the two environment variables of Dagster Pipes tell it where to read the task.
 
     Raises:
-        BadInput, StepFailed: as raised in the child, or StepFailed when the child died without a word.
+        BadInput, StepFailed: as raised in the child, or StepFailed when the child ended without a report.
     """
     with Child(task, worker, grace_seconds) as child:
         child.start(env or {}, context, held)
@@ -96,13 +97,13 @@ def run(
 
 
 class Child:
-    """A worker process with its guard; a context manager, at whose end nothing of the child is left."""
+    """A worker process with its guard; a context manager that ends all processes of the child when it closes."""
 
     def __init__(self, task: Task, worker: Sequence[str], grace_seconds: float):
         self._task = task
         self._worker = worker
         self._grace_seconds = grace_seconds
-        self._tail: deque[str] = deque(maxlen=TAIL_LINES)  # of what the child's libraries print
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)  # the last output of the child's libraries
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -138,13 +139,13 @@ class Child:
                 env={**own, **env, **{name: encode_param(path) for name, path in paths.items()}},
             )
         finally:
-            os.close(messages_write)  # only the child's copy is left: its end is ours too
+            os.close(messages_write)  # only the child's copy stays open: when it closes, reading ends
         self._reader = threading.Thread(target=self._collect, daemon=True)
         self._reader.start()
         self._stack.callback(self._end)
 
     def listen(self, progress: Progress, on_message: Callable[[PipesMessage], None]) -> Report | Failure | None:
-        """Pass messages on until the last one; return the outcome, None if the child ended without one."""
+        """Pass messages on until the last one; return the outcome, or None if the child ended without one."""
         outcome: Report | Failure | None = None
         for message in _parse(self._messages):
             if message["method"] != "report_custom_message":
@@ -160,7 +161,7 @@ class Child:
         return outcome
 
     def wait(self) -> int:
-        """Return the exit status of a child that has reported everything; end it if it does not end."""
+        """Return the exit status of a child that has sent its last message; end the child if it keeps running."""
         try:
             status = self._process.wait(self._grace_seconds)
         except subprocess.TimeoutExpired:
@@ -170,17 +171,17 @@ class Child:
 
     def unexplained(self, status: int) -> StepFailed:
         """Return the error of a child that reported neither success nor failure."""
-        work = f"the process at work ({self._task.task})"
+        work = f"the worker process ({self._task.task})"
         number = -status if status < 0 else status - 128
         if number == signal.SIGKILL:
             return StepFailed(
-                f"{work} was killed (SIGKILL), as the system does when memory runs out",
+                f"{work} was killed (SIGKILL): this happens when memory runs out",
                 f"free memory, or {self._task.less_memory}",
             )
         names = {member.value: member.name for member in signal.Signals}
         how = f"was ended by {names[number]}" if number in names else f"ended with exit code {status}"
         output = "\n  ".join(self._tail) or "(nothing)"
-        return StepFailed(f"{work} {how} and gave no reason; its last words:\n  {output}")
+        return StepFailed(f"{work} {how} and gave no reason; its last output:\n  {output}")
 
     def _collect(self) -> None:
         """Keep the last lines of what the child's libraries print."""
@@ -191,7 +192,7 @@ class Child:
                     self._tail.append(text[-300:])
 
     def _end(self) -> int:
-        """Close the lifeline and wait until the guard has put the group away; do its work should it fail."""
+        """Close the lifeline and wait until the guard has ended the group; if the guard hangs, kill it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -202,19 +203,19 @@ class Child:
 
 
 def _filled_pipe(content: bytes) -> int:
-    """The reading end of a pipe that holds `content`: a file for the child that nobody has to delete."""
+    """Return the reading end of a pipe that holds `content`: a file for the child that needs no clean-up."""
     reading, writing = os.pipe()
 
     def fill() -> None:
         with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "wb") as stream:
             stream.write(content)
 
-    threading.Thread(target=fill, daemon=True).start()  # a pipe takes 64 KiB, a job may be longer
+    threading.Thread(target=fill, daemon=True).start()  # a pipe holds 64 KiB, and a job may be longer
     return reading
 
 
 def _parse(lines: IO[str]) -> Iterator[PipesMessage]:
-    """The messages; a last line that a dying child did not finish is left out."""
+    """Yield the messages; skip a last line that a dying child did not finish."""
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)
