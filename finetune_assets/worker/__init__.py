@@ -1,1 +1,1 @@
-"""The child process that does heavy work, and how it is launched, watched and stopped. Front door: `launch`."""
+"""The child process for heavy work, and its launcher, which watches and stops it. Front door: `launch`."""

@@ -1,7 +1,7 @@
 """The worker process: `python -m finetune_assets.worker`, started by `launch` or by any Dagster Pipes client.
 
 The extra `job` of the Pipes context holds a task as JSON; see `tasks`. Every event is a custom message. The last one is
-{"event": "done", "report": {...}} or {"event": "error", "kind", "message", "hint"}; the exit code then is 0, or the
+{"event": "done", "report": {...}} or {"event": "error", "kind", "message", "hint"}. The exit code is 0, or the
 error's.
 """
 
@@ -36,12 +36,12 @@ def main() -> int:
 def quieten() -> None:
     """Turn off progress bars and advice of libraries, which would hide what matters when something fails."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the base model is a folder: nothing here needs a network
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the base model is a local folder: no network is needed
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "CUDA_VISIBLE_DEVICES" not in os.environ and "LOCAL_RANK" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # with several in sight the trainer would try to use them all
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # if several are visible, the trainer uses them all
     warnings.filterwarnings("ignore")
 
 
@@ -64,7 +64,7 @@ def _do(job: Any, pipes: PipesContext) -> Report | Failure:
         pipes.log.error(mask(traceback.format_exc()))
         # each library describes a full disk in its own words
         full = disk_trouble(error, task.out)
-        return Failure.of(full or unforeseen(error, f"the process at work ({task.task})"))
+        return Failure.of(full or unforeseen(error, f"the worker process ({task.task})"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What crosses the pipes of a worker: its task, events while it works, and one last message with report or failure."""
+"""The messages on a worker's pipes: its task, progress events, and a last message with the report or the failure."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ T = TypeVar("T")
 
 
 class Report(Event, frozen=True):
-    """The last message of a worker that has done its task."""
+    """The last message of a worker that completed its task."""
 
     event: Literal["done"] = "done"
     report: Any
 
 
 class Failure(Event, frozen=True):
-    """The last message of a worker that has failed."""
+    """The last message of a worker that failed."""
 
     event: Literal["error"] = "error"
     kind: str
@@ -56,7 +56,7 @@ def read_task(job: Any) -> Task:
     """Return the task that a JSON object describes.
 
     Raises:
-        StepFailed: it describes none.
+        StepFailed: the object is not a valid task.
     """
     return _read(_TASKS, job, "the worker process received an invalid task")
 
@@ -65,7 +65,7 @@ def read_message(payload: Any) -> WorkerMessage:
     """Return the message that a payload of Dagster Pipes holds.
 
     Raises:
-        StepFailed: it holds none.
+        StepFailed: the payload is not a valid message.
     """
     return _read(_MESSAGES, payload, "the worker process sent an invalid message")
 

@@ -1,1 +1,1 @@
-"""The tasks that a worker process does, one in each file; loading them loads no ML library. Front door: `task`."""
+"""The tasks of a worker process, one in each file; importing them imports no ML library. Front door: `task`."""

@@ -1,4 +1,4 @@
-"""The task that scores base and tuned model."""
+"""The task that scores the base model and the tuned model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from finetune_assets.worker.tasks.task import Task
 
 
 class Evaluate(Task, frozen=True):
-    """Evaluation of base and tuned model on the test split.
+    """Evaluation of the base model and the tuned model on the test split.
 
     Attributes:
-        rows: file of the train split, which must share no row with the test split.
+        rows: file of the train split; none of its rows may be in the test split.
         test: file of the test split.
-        train: the settings that the adapter was trained with.
+        train: the settings of the adapter's training.
     """
 
     less_memory: ClassVar[str] = "lower evaluate.per_device_eval_batch_size"

@@ -13,12 +13,12 @@ class Imatrix(Task, frozen=True):
     """Measurement of an importance matrix.
 
     Attributes:
-        gguf: file of the merged model in full precision.
-        rows: file of the split that the model reads.
+        gguf: GGUF file of the merged model in full precision.
+        rows: file of the split to measure on.
         file: where to write the matrix.
     """
 
-    less_memory: ClassVar[str] = "the model must fit into memory once; or leave gguf.imatrix out"
+    less_memory: ClassVar[str] = "the model must fit into memory; or remove gguf.imatrix"
 
     task: Literal["imatrix"] = "imatrix"
     merged: Path

@@ -11,13 +11,13 @@ from finetune_assets.worker.tasks.task import Task
 
 
 class Merge(Task, frozen=True):
-    """Merge of an adapter into its base model, and the comparison with both.
+    """Merge of an adapter into its base model, and the comparison of the result with both.
 
     Attributes:
-        held_out: file of the rows on which the merged model is compared with base and adapter.
+        held_out: file of the held-out rows for the comparison.
     """
 
-    less_memory: ClassVar[str] = "the model must fit into memory once, in the precision of its weights"
+    less_memory: ClassVar[str] = "the model must fit into memory in the precision of its weights"
 
     task: Literal["merge"] = "merge"
     base: Path
@@ -26,7 +26,7 @@ class Merge(Task, frozen=True):
     export: ExportSection
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Merge and compare; return the report of the merge, and that of the comparison as `check`."""
+        """Merge and compare; return the report of the merge, with the comparison's report under `check`."""
         from finetune_assets.export.merge.merge import merge
         from finetune_assets.export.parity.merged import check
 

@@ -1,4 +1,4 @@
-"""The task that proves GGUF files equal to their merged model."""
+"""The task that compares GGUF files with their merged model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from finetune_assets.worker.tasks.task import Task
 
 
 class Prove(Task, frozen=True):
-    """Proof that GGUF files are the merged model, within the limits of their types.
+    """Proof that GGUF files agree with the merged model, within the limits of their types.
 
     Attributes:
-        held_out: file of the rows on which the files are compared with the merged model.
+        held_out: file of the held-out rows for the comparison.
         files: GGUF type -> file.
         max_kl: GGUF type -> limit of its mean KL divergence, in nats per token, where the recipe sets one.
-        recorded: GGUF type -> figures measured before, of files that have not changed.
-        written: GGUF type -> sha256 (hex) of the file as it was written.
+        recorded: GGUF type -> earlier figures of a file that has not changed.
+        written: GGUF type -> sha256 (hex) of the file when it was written.
     """
 
-    less_memory: ClassVar[str] = "make fewer or smaller gguf.types at a time"
+    less_memory: ClassVar[str] = "list fewer or smaller types in gguf.types"
 
     task: Literal["prove"] = "prove"
     merged: Path

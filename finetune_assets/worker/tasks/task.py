@@ -13,11 +13,11 @@ from finetune_assets.reporting.events import Progress
 
 
 class Task(BaseModel, frozen=True):
-    """Work for a process of its own. Its JSON form crosses a pipe.
+    """Work for a separate process, which reads its JSON form from a pipe.
 
     Attributes:
-        less_memory: the hint for a worker that was killed because memory ran out.
-        task: the tag of the class.
+        less_memory: the hint for a worker that the system killed when memory ran out.
+        task: the name that tells the classes apart in JSON.
         out: the folder that the task writes to.
         device: auto, cuda, mps or cpu.
     """
@@ -30,7 +30,7 @@ class Task(BaseModel, frozen=True):
     device: str = "auto"
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Do the work in this process; return its report, a JSON object."""
+        """Do the work in this process; return its report as a JSON object."""
         raise NotImplementedError
 
     def choose_device(self, *, bf16: bool | None = False, fp16: bool | None = False) -> Device:

@@ -15,12 +15,12 @@ class Train(Task, frozen=True):
 
     Attributes:
         rows, validation: files of the splits.
-        vocabulary: GGUF file with the tokenizer only, to compare llama.cpp's reading of prompts; None: do not compare.
+        vocabulary: GGUF file with only the tokenizer, to check how llama.cpp tokenises prompts; None: no check.
     """
 
     less_memory: ClassVar[str] = (
         "halve train.per_device_train_batch_size and double train.gradient_accumulation_steps; "
-        "train.disable_gradient_checkpointing: false takes far less memory"
+        "train.disable_gradient_checkpointing: false needs far less memory"
     )
 
     task: Literal["train"] = "train"
@@ -31,12 +31,12 @@ class Train(Task, frozen=True):
     train: TrainSection
 
     def run(self, progress: Progress) -> dict[str, Any]:
-        """Train, and write the adapter; return figures of the training."""
+        """Train, and write the adapter; return the figures of the training."""
         from finetune_assets.export.preflight.prompts import rehearse
         from finetune_assets.training.stages.by_name import STAGES
 
         if self.vocabulary is not None:
-            progress(message("asking llama.cpp whether it reads prompts as training does"))
+            progress(message("checking that llama.cpp tokenises prompts as training does"))
             rehearse(self.vocabulary, self.base, self.rows, self.model)
         return STAGES[self.train.stage](
             self.base,
