@@ -1,6 +1,6 @@
 """Dagster's front door: every recipe in configs/ becomes a chain of assets, a job and, if it asks for one, a schedule.
 
-A recipe that cannot be read does not hide the others: its group holds one asset that fails with the message.
+A broken recipe does not affect the others: its group holds one asset that fails with the error message.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_assets.reporting.masking import mask_logging
 
 
 def load_definitions(project: Project) -> dg.Definitions:
-    """The definitions of all recipes of a project."""
+    """Return the definitions of all recipes of a project."""
     files = recipe_files(project.configs)
     recipes: dict[Path, Recipe] = {}
     broken: dict[Path, FinetuneError] = {}
@@ -45,7 +45,7 @@ def load_definitions(project: Project) -> dg.Definitions:
 
 @contextmanager
 def _kept(path: Path, broken: dict[Path, FinetuneError]) -> Iterator[None]:
-    """Keep what is wrong with one recipe, so that the others go on."""
+    """Keep the error of one recipe, so that the others still load."""
     try:
         yield
     except FinetuneError as error:
@@ -55,15 +55,15 @@ def _kept(path: Path, broken: dict[Path, FinetuneError]) -> Iterator[None]:
 
 
 def _refuse_namesakes(path: Path, files: Sequence[Path]) -> None:
-    """Refuse a recipe that Dagster could not keep apart from one that is named in plain ASCII.
+    """Refuse a recipe whose Dagster name is the file name of a second recipe.
 
     Raises:
-        BadInput: the other file's name is this one's word.
+        BadInput: such a recipe exists.
     """
     name = recipe_name(path)
     rivals = [file for file in files if recipe_name(file) == word_of(name) != name]
     if rivals:
-        raise BadInput(f"{path}: Dagster calls it {word_of(name)}, which is {rivals[0]} too", "rename one of the files")
+        raise BadInput(f"{path}: Dagster calls it {word_of(name)}, the name of {rivals[0]}", "rename one of the files")
 
 
 mask_logging()

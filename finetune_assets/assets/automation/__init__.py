@@ -1,4 +1,4 @@
-"""What runs a chain without a person: source assets, sensors, schedules, jobs and the runs that they start.
+"""Automation of a chain: source assets, sensors, schedules, jobs and the runs that they start.
 
 Front door: `chain`.
 """

@@ -1,4 +1,4 @@
-"""The definitions of one recipe, and what all recipes share."""
+"""The Dagster definitions of one recipe, and those that all recipes share."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from resources.webhook import WebhookResource
 
 
 def recipe_definitions(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.Definitions:
-    """Everything that Dagster shows of a recipe but its data sets."""
+    """Return everything that Dagster shows of a recipe, except its data sets."""
     job = dg.define_asset_job(
         job_name(recipe.name, mount),
-        # by name, as the group of one recipe's values (x_config) can be that of a second recipe
+        # by key: the group of one recipe's values (x_config) may also be the group of a recipe named x_config
         selection=dg.AssetSelection.assets(*(asset_key(recipe, step.name, mount) for step in STEPS)),
         description=f"Bring every asset of the recipe {recipe.name} up to date.",
         tags={"recipe": recipe.name},
@@ -38,12 +38,12 @@ def recipe_definitions(recipe: Recipe, project: Project, mount: Mount = HOME) ->
 
 
 def shared_definitions(recipes: Sequence[Recipe], project: Project) -> dg.Definitions:
-    """What is there once for all recipes."""
+    """Return the definitions that exist once for all recipes."""
     return dg.Definitions(assets=dataset_nodes(recipes, project), sensors=[observe_sensor(project), failure_sensor()])
 
 
 def bound(*chains: dg.Definitions) -> dg.Definitions:
-    """Chains with what they run on: the device, and this process (heavy work has processes of its own)."""
+    """Merge chains with their resources and executor: steps run in this process, heavy work in child processes."""
     return dg.Definitions.merge(
         *chains,
         dg.Definitions(resources={"gpu": GpuResource(), "webhook": WebhookResource()}, executor=dg.in_process_executor),
@@ -51,10 +51,10 @@ def bound(*chains: dg.Definitions) -> dg.Definitions:
 
 
 def broken_recipe(name: str, word: str, error: FinetuneError) -> dg.Definitions:
-    """A stand-in for a recipe that cannot be read: visible in the lineage, and it says why when it is run.
+    """Return one asset in place of a broken recipe; it appears in the lineage, and running it reports the error.
 
     Args:
-        word: what Dagster calls it.
+        word: the recipe's name in Dagster.
     """
     message = str(error)
     shown = message.replace("```", "~~~")

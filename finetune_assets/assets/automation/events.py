@@ -1,8 +1,8 @@
-"""What Dagster has not been told yet: contents that changed outside, and assets that are up to date without a run.
+"""Events that Dagster lacks: contents that changed outside, and assets that are up to date without a run.
 
-The plan is the one judge of what is stale. Dagster judges by the last events of an asset and of what it reads, so these
-events make its pages say what the plan says: also where an asset reads only a part of another, where an earlier
-artifact is wanted again, and where a published file was damaged.
+Only the plan decides what is stale. Dagster decides by the last events of an asset and of its inputs, so these events
+make its pages agree with the plan. They differ without them if an asset reads only a part of an upstream asset, if the
+recipe returns to an earlier artifact, and if a published file is damaged.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from finetune_assets.lineage.identity import shown
 from finetune_assets.lineage.readings import Observed
 from finetune_assets.store.artifact import Artifact
 
-POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster wants one beside each version read
+POINTER = "dagster/input_event_pointer/"  # to the event of an input; Dagster needs one for each version read
 
 Tagged = dg.AssetObservation | dg.AssetMaterialization
 Event = Tagged | dg.AssetCheckEvaluation
 
 
 def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount = HOME) -> list[Event]:
-    """The events that bring Dagster up to date on a recipe; none when it is."""
-    found: list[Event] = []
+    """Return the events that bring Dagster up to date on a recipe; an empty list if it is."""
+    events: list[Event] = []
     for event in observations(observed, mount):
         records = instance.fetch_observations(event.asset_key, limit=1).records
         if _differs(records[0].asset_observation if records else None, event.tags):
-            found.append(event)
+            events.append(event)
     for step in STEPS:
         artifact = observed.plan[step.name].artifact
         if artifact is None:
@@ -51,17 +51,17 @@ def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount =
         tags = _up_to_date_with(step.name, artifact, observed, mount)
         record = instance.get_latest_materialization_event(key)
         if _differs(record.asset_materialization if record else None, tags):
-            found.append(
+            events.append(
                 dg.AssetMaterialization(
                     key, metadata=page(step, artifact, observed.recipe, observed.project, reused=True), tags=tags
                 )
             )
-            found += check_evaluations(step.name, observed.recipe, artifact, key)
-    return found
+            events += check_evaluations(step.name, observed.recipe, artifact, key)
+    return events
 
 
 def observations(observed: Observed, mount: Mount = HOME) -> Iterator[dg.AssetObservation]:
-    """Versions of everything that the recipe's assets read from outside of the lineage."""
+    """Yield the version of everything that the recipe's assets read from outside the lineage."""
     for asset, reading in observed.readings.items():
         for key, version in source_versions(observed.recipe, asset, reading, mount).items():
             metadata = _values(observed, asset) if key == values_key(observed.recipe, asset, mount) else {}
@@ -69,7 +69,7 @@ def observations(observed: Observed, mount: Mount = HOME) -> Iterator[dg.AssetOb
 
 
 def _up_to_date_with(asset: str, artifact: Artifact, observed: Observed, mount: Mount) -> dict[str, str]:
-    """The tags of a materialisation that would find this artifact published."""
+    """Return the tags of a materialisation that reuses this published artifact."""
     node = NODES[asset]
     used = {up.asset: observed.plan[up.asset].artifact for up in node.upstreams}
     upstreams = {name: upstream.data_version for name, upstream in used.items() if upstream is not None}
@@ -88,7 +88,7 @@ def _values(observed: Observed, asset: str) -> dict[str, MetadataValue]:
     values = {**reading.values["recipe"], **reading.values["tools"]}
     listing = "\n".join(f"{name}: {shown(value)}" for name, value in values.items())
     return {
-        "values beside the defaults": MetadataValue.md(f"```yaml\n{listing}\n```" if listing else "none"),
+        "values that differ from the defaults": MetadataValue.md(f"```yaml\n{listing}\n```" if listing else "none"),
         f"{asset} is": MetadataValue.text("; ".join([item.state, *item.reasons])),
     }
 

@@ -21,10 +21,10 @@ def run_chain(
     *,
     force: bool = False,
 ) -> str:
-    """Materialise the named assets of a recipe, upstreams first; the Dagster run's id.
+    """Materialise the named assets of a recipe, upstreams first; return the Dagster run's id.
 
     Raises:
-        StepFailed: a step failed; the message is the step's own. Or Dagster's history cannot be written.
+        StepFailed: a step failed (the message is the step's), or Dagster's history cannot be written.
     """
     import dagster as dg
     from filelock import FileLock
@@ -42,7 +42,7 @@ def run_chain(
     try:
         project.home.mkdir(parents=True, exist_ok=True)
         with FileLock(project.home / ".instance.lock"):
-            # two first runs at the same moment: both would create Dagster's tables
+            # two first runs at the same time would both create Dagster's tables
             opened = dg.DagsterInstance.get()
         with opened as instance, watching(watcher):
             end_dead_runs(instance)
@@ -58,10 +58,10 @@ def run_chain(
     except dg.Failure as failure:
         raise StepFailed(failure.description or "a step failed") from failure
     except dg.DagsterExecutionInterruptedError:
-        raise KeyboardInterrupt from None  # what it was before Dagster caught it
+        raise KeyboardInterrupt from None  # Dagster converted it from this
     except FinetuneError:
         raise
     except Exception as error:
-        # Dagster's own history lies on that disk, too
+        # Dagster's history is on this disk, too
         full = disk_trouble(error, project.home, outcome="what was published stays")
         raise full or unforeseen(error, f"the run of {recipe.name}") from error

@@ -1,7 +1,7 @@
 """Data sets and recipe values as nodes of Dagster's graph: where the lineage begins.
 
-They are observable, by a sensor (triggers.py) and by the button in the UI. Both look at the files as they are at that
-moment; the code location need not be loaded again.
+A sensor (sensors.py) and the button in the UI observe them. Both read the current files, so the code location need not
+be reloaded.
 """
 
 import warnings
@@ -23,11 +23,11 @@ from finetune_assets.reporting.masking import masked_error
 
 
 def values_nodes(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
-    """The recipe's values: a node for each asset, of what it reads."""
+    """Return the nodes of a recipe's values: for each asset, one with the values that it reads."""
     specs = [
         dg.AssetSpec(
             values_key(recipe, node.name, mount),
-            description=f"What `{node.name}` reads of the recipe: {', '.join(f'`{read}`' for read in node.reads)}.",
+            description=f"Recipe values that `{node.name}` reads: {', '.join(f'`{read}`' for read in node.reads)}.",
             group_name=f"{group_name(recipe, mount)}_config",
             kinds={"yaml"},
             owners=list(mount.owners or OWNERS),
@@ -43,12 +43,12 @@ def values_nodes(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.As
 
 
 def dataset_nodes(recipes: Sequence[Recipe], project: Project, mount: Mount = HOME) -> list[dg.AssetsDefinition]:
-    """A node for each data set that a recipe names."""
+    """Return a node for each data set that a recipe names."""
     readers = {file_key(recipe, name, mount): recipe for recipe in recipes for name in recipe.dataset.dataset}
     specs = [
         dg.AssetSpec(
             key,
-            description=f"A data set of `{recipe.dataset.dataset_dir}`: its file, and its entry in dataset_info.json.",
+            description=f"A data set in `{recipe.dataset.dataset_dir}`: its file, and its entry in dataset_info.json.",
             group_name=f"{group_name(recipe, mount)}_{DATASETS}" if mount.own_datasets else DATASETS,
             kinds={"json"},
             owners=list(mount.owners or OWNERS),
@@ -67,7 +67,7 @@ def dataset_nodes(recipes: Sequence[Recipe], project: Project, mount: Mount = HO
 
 def _observable(name: str, specs: Sequence[dg.AssetSpec], observe: Callable[..., Any]) -> dg.AssetsDefinition:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", dg.BetaWarning)  # Dagster calls every observable node beta
+        warnings.simplefilter("ignore", dg.BetaWarning)  # Dagster marks all observable nodes as beta
         return dg.multi_observable_source_asset(name=name, specs=specs, can_subset=True)(observe)
 
 
@@ -75,7 +75,7 @@ def recipe_now(recipe: Recipe, project: Project, mount: Mount) -> Recipe:
     """Read a recipe again: it may have changed since the code location was loaded.
 
     Raises:
-        BadInput: it cannot be read any more, or is wrong.
+        BadInput: it can no longer be read, or is invalid.
     """
     return mount.read() if mount.read else load_recipe(recipe_path(recipe.name, project.configs))
 
@@ -86,11 +86,13 @@ def _seen(
     left = set(context.selected_asset_keys)
     for recipe in recipes:
         try:
-            found = list(observations(observe(recipe_now(recipe, project, mount), project), mount))
+            events = list(observations(observe(recipe_now(recipe, project, mount), project), mount))
         except Exception as error:
-            known = error if isinstance(error, FinetuneError) else unforeseen(error, f"the look at {recipe.name}")
+            known = (
+                error if isinstance(error, FinetuneError) else unforeseen(error, f"the observation of {recipe.name}")
+            )
             raise dg.Failure(description=str(known), allow_retries=False) from masked_error(error)
-        for event in found:
+        for event in events:
             if event.asset_key in left:
                 left.remove(event.asset_key)
                 version = dg.DataVersion((event.tags or {})[DATA_VERSION])
