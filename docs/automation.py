@@ -58,7 +58,7 @@ The sensor asks the same plan as `finetune plan`: it compares published artifact
 not miss a change that happens while it is off or while a run is active. It starts one run for all stale assets when
 
 - no run of the recipe is queued or active, however that run was started;
-- two looks in a row find the same state, so that half-copied files are not trained on;
+- two evaluations in a row find the same state, so that half-copied files are not trained on;
 - the last run for exactly this state (values, file digests, code versions) did not fail and was not cancelled. After a
   failure, the sensor tries again when something changes. You, or the schedule, can try again at any time.
 

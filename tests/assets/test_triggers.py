@@ -84,7 +84,9 @@ def test_sensors_are_off_unless_the_recipe_turns_them_on(mini: MiniProject):
 
 
 def test_what_was_never_made_is_made_once_things_have_settled(sensor: Sensor):
-    assert sensor.look() == "raw_dataset is missing: never made; runs if it stays so"
+    assert sensor.look() == (
+        "raw_dataset is missing: never made; starts a run if the next evaluation finds the same state"
+    )
     request = sensor.look()
     assert selected(request)[0] == "raw_dataset" and selected(request)[-1] == "ollama_model"
     assert isinstance(request, dg.RunRequest)
@@ -101,7 +103,7 @@ def test_a_file_still_being_written_is_not_trained_on(sensor: Sensor):
     make_chain(sensor.project)
     for count in (5, 7, 9):
         sensor.project.write_rows(rows(count))
-        assert "runs if it stays so" in str(sensor.look())
+        assert "starts a run if the next evaluation finds the same state" in str(sensor.look())
     assert selected(sensor.look())[:2] == ["raw_dataset", "dataset_info"]
 
 

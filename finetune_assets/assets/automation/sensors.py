@@ -1,7 +1,7 @@
-"""What starts runs by itself, and what tells people: sensors and schedules, off unless a recipe turns them on.
+"""Sensors and schedules: they start runs (if a recipe turns them on), observe changes and report failures.
 
-Both ask the plan. A sensor is level-triggered: it does not wait for a change to happen but compares what is there with
-what the recipe asks for, so nothing that changed while it was off, or while a run was going, is lost.
+Both use the plan. A sensor is level-triggered: it does not wait for a change, but compares the published artifacts with
+the recipe. So it does not miss a change that happened while it was off, or during a run.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,14 +27,14 @@ OBSERVE_SECONDS = 30
 
 
 def retrain_sensor(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.SensorDefinition:
-    """Starts a run for what is stale of a recipe: one for each target, never beside another run of the recipe."""
+    """Return a sensor that runs a recipe's stale assets: once for each target, and never during a run of the recipe."""
 
     @dg.sensor(
         name=f"{stem(recipe.name, mount)}_retrain",
         job_name=job_name(recipe.name, mount),
         minimum_interval_seconds=recipe.schedule.minimum_interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING if recipe.schedule.on_change else dg.DefaultSensorStatus.STOPPED,
-        description=f"Runs what is stale of {recipe.name}, once it has stayed as it is from one look to the next.",
+        description=f"Runs the stale assets of {recipe.name} when two evaluations in a row find the same state.",
     )
     def retrain(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         chain = chain_key(recipe.name, mount)
@@ -49,17 +49,20 @@ def retrain_sensor(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.
             return dg.SensorResult(skip_reason="everything is up to date", cursor="")
         target = observed.target
         if context.cursor != target:
-            # somebody may still be writing: a half-copied file must not be trained on
-            return dg.SensorResult(skip_reason=f"{_in_words(observed)}; runs if it stays so", cursor=target)
+            # a file may still be changing: training must not read a half-copied file
+            return dg.SensorResult(
+                skip_reason=f"{_in_words(observed)}; starts a run if the next evaluation finds the same state",
+                cursor=target,
+            )
         last = _last_attempt(recipe.name, context.instance)
         if last is not None and last.tags.get(TARGET_TAG) == target and not last.is_success:
             how = last.status.value.lower()
             return dg.SensorResult(
-                skip_reason=f"run {last.run_id[:8]} of just this {how}; "
+                skip_reason=f"run {last.run_id[:8]} for exactly this state: {how}; "
                 "change the recipe or its data, or start a run by hand",
                 cursor=target,
             )
-        # one key for a target after a given run: asked twice, it is still one run
+        # with this key, two requests for a target after the same run start only one run
         return dg.SensorResult(
             [request(observed, mount, run_key=f"{target} after {last.run_id if last else 'none'}")], cursor=target
         )
@@ -68,7 +71,7 @@ def retrain_sensor(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.
 
 
 def schedule(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.ScheduleDefinition:
-    """Runs what is stale of a recipe at the times of `schedule.cron`, whether or not it failed the last time."""
+    """Return a schedule that runs a recipe's stale assets at the times of `schedule.cron`, even after a failed run."""
 
     @dg.schedule(
         name=f"{stem(recipe.name, mount)}_schedule",
@@ -86,7 +89,7 @@ def schedule(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.Schedu
 
 
 def observe_sensor(project: Project) -> dg.SensorDefinition:
-    """Tells Dagster what changed in recipes and data, so that its pages show what is stale. Starts nothing."""
+    """Return a sensor that reports changed recipes and data to Dagster, whose pages then show what is stale."""
 
     def recipes() -> dict[str, Callable[[], Recipe]]:
         return {recipe_name(path): partial(load_recipe, path) for path in recipe_files(project.configs)}
@@ -95,7 +98,7 @@ def observe_sensor(project: Project) -> dg.SensorDefinition:
 
 
 def observe_one_sensor(recipe: Recipe, project: Project, mount: Mount) -> dg.SensorDefinition:
-    """Observe one recipe that is mounted in another Dagster project."""
+    """Return a sensor that observes one recipe mounted in a different Dagster project."""
     recipes = {recipe.name: partial(recipe_now, recipe, project, mount)}
     return _observing(f"{stem(recipe.name, mount)}_observe", project, mount, lambda: recipes)
 
@@ -103,7 +106,7 @@ def observe_one_sensor(recipe: Recipe, project: Project, mount: Mount) -> dg.Sen
 def _observing(
     name: str, project: Project, mount: Mount, recipes: Callable[[], Mapping[str, Callable[[], Recipe]]]
 ) -> dg.SensorDefinition:
-    """Build a sensor that observes recipes.
+    """Return a sensor that observes recipes.
 
     Args:
         recipes: returns each recipe's name with a function that reads the recipe.
@@ -113,24 +116,24 @@ def _observing(
         name=name,
         minimum_interval_seconds=OBSERVE_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Looks at the files of recipes and data sets and reports those that changed. Starts no run.",
+        description="Reads the files of recipes and data sets and reports those that changed. Starts no run.",
     )
-    def look(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    def observe_recipes(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         end_dead_runs(context.instance)
         events, broken = [], []
         for recipe, read in recipes().items():
             try:
                 events += pending_events(observe(read(), project), context.instance, mount)
-            except Exception as error:  # whatever is wrong with one recipe, the others are looked at
-                known = error if isinstance(error, FinetuneError) else unforeseen(error, "the look at it")
+            except Exception as error:  # an error in one recipe must not hide changes in the others
+                known = error if isinstance(error, FinetuneError) else unforeseen(error, "the observation")
                 broken.append(f"{clean(recipe)}: {known}")
                 context.log.warning(broken[-1])
         unique = {_identity(event): event for event in events}  # recipes share data sets
         return dg.SensorResult(
-            asset_events=list(unique.values()), skip_reason="\n".join([f"{len(unique)} news", *broken])
+            asset_events=list(unique.values()), skip_reason="\n".join([f"events reported: {len(unique)}", *broken])
         )
 
-    return look
+    return observe_recipes
 
 
 def _identity(event: Event) -> tuple[object, ...]:
@@ -140,12 +143,12 @@ def _identity(event: Event) -> tuple[object, ...]:
 
 
 def failure_sensor() -> dg.SensorDefinition:
-    """Posts failed runs to the webhook, where one is set."""
+    """Return a sensor that posts failed runs to the webhook, if one is set."""
 
     @dg.run_failure_sensor(name="failure_webhook", default_status=dg.DefaultSensorStatus.RUNNING)
-    def tell(context: dg.RunFailureSensorContext, webhook: WebhookResource) -> dg.SkipReason | None:
+    def report(context: dg.RunFailureSensorContext, webhook: WebhookResource) -> dg.SkipReason | None:
         if not webhook.is_set:
-            return dg.SkipReason("no webhook is set: FINETUNE_FAILURE_WEBHOOK")
+            return dg.SkipReason("no webhook is set (FINETUNE_FAILURE_WEBHOOK)")
         steps = [event.step_key for event in context.get_step_failure_events() if event.step_key]
         webhook.post_failure(
             recipe=context.dagster_run.tags.get("recipe"),
@@ -155,11 +158,11 @@ def failure_sensor() -> dg.SensorDefinition:
         )
         return None
 
-    return tell
+    return report
 
 
 def request(observed: Observed, mount: Mount = HOME, run_key: str | None = None) -> dg.RunRequest:
-    """A run for what is stale."""
+    """Return the request for a run of all stale assets."""
     return dg.RunRequest(
         run_key=run_key,
         asset_selection=[asset_key(observed.recipe, name, mount) for name in observed.stale],
@@ -168,7 +171,7 @@ def request(observed: Observed, mount: Mount = HOME, run_key: str | None = None)
 
 
 def _last_attempt(recipe: str, instance: DagsterInstance) -> DagsterRun | None:
-    """The last run that was to bring the whole recipe up to date, by sensor, schedule or command line."""
+    """Return the last run for the whole recipe, started by sensor, schedule or command line."""
     for run in instance.get_runs(RunsFilter(tags={"recipe": recipe}), limit=20):
         if TARGET_TAG in run.tags:
             return run
@@ -181,7 +184,7 @@ def _in_words(observed: Observed) -> str:
 
 
 def _asset_of(step: str, recipe: str | None) -> str:
-    """`demo/lora_adapter` of the step `demo__lora_adapter`; with the recipe's own name where the run has it."""
+    """Return `demo/lora_adapter` for the step `demo__lora_adapter`, with the recipe's real name if the run has it."""
     word, _, asset = step.rpartition("__")
     return f"{recipe or word}/{asset}"
 
@@ -193,4 +196,4 @@ def _cause(context: dg.RunFailureSensorContext) -> str:
             return data.user_failure_data.description
         if data.error:
             return data.error.message
-    return context.failure_event.message or "no reason was given"
+    return context.failure_event.message or "the run gave no reason"
