@@ -1,4 +1,4 @@
-"""merged_model: base and adapter in one, in the base's own format."""
+"""merged_model: base model and adapter merged into one model, in the format of the base."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def build(step: Step) -> Made:
     adapter, base = step.inputs["lora_adapter"], step.inputs["base_model"]
     if adapter.manifest["ingredients"]["upstreams"]["base_model"] != base.data_version:
         raise StepFailed(
-            f"{step.recipe.name}/lora_adapter {adapter.fingerprint} was trained on another base model than "
-            f"{base.fingerprint}, the one of the recipe",
+            f"{step.recipe.name}/lora_adapter {adapter.fingerprint} was trained on a different base model than "
+            f"{base.fingerprint}, which the recipe names",
             f"materialise {step.recipe.name}/lora_adapter first",
         )
     task = Merge(
@@ -40,7 +40,7 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     check = facts.pop("check", None)
     return {
         "weights (MB)": dg.MetadataValue.float(round(size / 1e6, 1)),
-        **({"merged against base + adapter": table([_row(check)])} if check else {}),
+        **({"merged model compared with base + adapter": table([_row(check)])} if check else {}),
         **{key: figure(value) for key, value in facts.items()},
     }
 
@@ -48,10 +48,10 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
 def _row(check: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "distance of the logits": check["difference"],
-        "allowed": check["allowed"],
+        "limit": check["allowed"],
         "what the adapter changes": check["effect"],
         "as KL (nats per token)": check["kl_from_base"],
-        "places compared": check["places"],
+        "positions compared": check["places"],
         "weight tensors compared": check["weights_compared"],
         "computed in": check["precision"],
         "on": check["device"],
@@ -61,9 +61,9 @@ def _row(check: Mapping[str, Any]) -> dict[str, Any]:
 MERGED_MODEL = StepAsset(
     name="merged_model",
     description=(
-        "W + scale·BA for every adapted layer, streamed from shard to shard, always into the unquantised base that "
-        "was trained on; with the tokenizer and the chat template that it was trained with. Published only if "
-        "it computes what base and adapter compute together, on held-out rows, to within the rounding of its weights."
+        "W + scale·BA for every adapted layer, streamed from shard to shard, always into the unquantised base model of "
+        "the training; with the tokenizer and the chat template of the training. Published only if its outputs on "
+        "held-out rows agree with those of base and adapter together, within the rounding error of its weights."
     ),
     kinds={"huggingface", "pytorch"},
     pool=POOL,

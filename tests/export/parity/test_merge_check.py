@@ -186,7 +186,7 @@ def test_an_adapter_that_was_trained_on_an_earlier_base_is_not_merged(mini: Mini
     }
     inputs = {name: Artifact(mini.store / name, manifest) for name, manifest in made.items()}
     step = Step(load_recipe(mini.recipe_path()), mini, inputs, mini.root, None, {}, lambda event: None, started)
-    with pytest.raises(StepFailed, match="mini/lora_adapter aa was trained on another base model than bb"):
+    with pytest.raises(StepFailed, match="mini/lora_adapter aa was trained on a different base model than bb"):
         MERGED_MODEL.build(step)
 
 
