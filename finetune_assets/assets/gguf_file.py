@@ -1,4 +1,4 @@
-"""gguf_file: the merged model in llama.cpp's format, one file for each type, each proven to be that model."""
+"""gguf_file: the merged model in llama.cpp's format, one file for each type, each compared with that model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from finetune_assets.worker.tasks.prove import Prove
 from resources.gpu import POOL
 
 PICTURE = "size_and_kl.png"
-TINY = 1e-6  # nats: less is no change
-LISTED = 5  # names of tensors on the page
+TINY = 1e-6  # nats per token: a smaller KL divergence counts as no change
+LISTED = 5  # names of tensors that the page shows
 
 
 def build(step: Step) -> Made:
-    # whoever serves a file needs its stop tokens
+    # a server of the file needs its stop tokens
     shutil.copyfile(step.inputs["merged_model"].path / "chat.json", step.staging / "chat.json")
     files = make_gguf(_inputs(step), step.progress)
     figures = step.launch(_proof(step, files))["figures"]
@@ -57,7 +57,7 @@ def build(step: Step) -> Made:
 
 
 def _inputs(step: Step) -> GgufInputs:
-    """Return what the files are made from."""
+    """Return the inputs of the conversion."""
     recipe = step.recipe
     return GgufInputs(
         step.inputs["merged_model"].path,
@@ -76,7 +76,7 @@ def _inputs(step: Step) -> GgufInputs:
 
 
 def _measure(step: Step, source: Path, matrix: Path) -> None:
-    """Write the importance matrix of a GGUF file of full precision."""
+    """Write the importance matrix of a GGUF file in full precision."""
     step.launch(
         Imatrix(
             out=step.staging,
@@ -112,25 +112,25 @@ def _imatrix_metrics(step: Step, files: Mapping[str, Mapping[str, Any]]) -> dict
     return {"imatrix": {"rows": step.recipe.gguf.imatrix, **imatrix_file.facts(matrix, user)}}
 
 
-def _kept(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
-    """The previous artifact's files that today's wishes would make again byte for byte, each with its sha256."""
+def _kept(previous: Artifact | None, current: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """Return the previous artifact's files that a new build would reproduce byte for byte, each with its sha256."""
     if previous is None:
         return {}
-    there = {kind: entry["file"] for kind, entry in previous.metrics["types"].items()}
+    files = {kind: entry["file"] for kind, entry in previous.metrics["types"].items()}
     if "imatrix" in previous.metrics:
-        there[imatrix_file.FILE] = imatrix_file.FILE
-    made, digests = previous.manifest["ingredients"], previous.manifest["files"]
-    kept = kept_files(made, wanted, there)
-    return {kind: (previous.path / file, digests[file]["sha256"]) for kind, file in there.items() if kind in kept}
+        files[imatrix_file.FILE] = imatrix_file.FILE
+    ingredients, digests = previous.manifest["ingredients"], previous.manifest["files"]
+    kept = kept_files(ingredients, current, files)
+    return {kind: (previous.path / file, digests[file]["sha256"]) for kind, file in files.items() if kind in kept}
 
 
-def _recorded(previous: Artifact | None, wanted: Mapping[str, Any]) -> dict[str, Figures]:
-    """The previous artifact's figures of files that are kept, if nothing else has changed that they depend on."""
+def _recorded(previous: Artifact | None, current: Mapping[str, Any]) -> dict[str, Figures]:
+    """Return the previous artifact's figures of kept files, unless a further input of the figures has changed."""
     if previous is None:
         return {}
     types = previous.metrics["types"]
     names = [field.name for field in dataclasses.fields(Figures)]
-    kept = kept_figures(previous.manifest["ingredients"], wanted, types)
+    kept = kept_figures(previous.manifest["ingredients"], current, types)
     return {kind: Figures(**{name: entry[name] for name in names}) for kind, entry in types.items() if kind in kept}
 
 
@@ -153,11 +153,11 @@ def _row(kind: str, entry: Mapping[str, Any], changed: float) -> dict[str, Any]:
         "file": entry["file"],
         "MB": round(entry["bytes"] / 1e6, 1),
         "KL (nats per token)": float(f"{entry['kl']:.3g}"),
-        "of what training changed": f"{entry['kl'] / max(changed, TINY):.1%}",
-        "same favourite": f"{entry['top1']:.1%}",
+        "share of what training changed": f"{entry['kl'] / max(changed, TINY):.1%}",
+        "top-1 agreement": f"{entry['top1']:.1%}",
         "perplexity ratio": round(entry["ppl_ratio"], 4),
         "tokens/s here": entry["tokens_per_second"],
-        "places compared": entry["points"],
+        "positions compared": entry["points"],
     }
 
 
@@ -178,10 +178,10 @@ GGUF_FILE = StepAsset(
     name="gguf_file",
     description=(
         "The merged model in llama.cpp's format: converted once in full precision by llama.cpp's own converter, then "
-        "quantised to each type of the recipe. Every file is run by llama.cpp on held-out conversations before it is "
-        "published: same token ids, same words around them, and next-token distributions as near to the merged "
-        "model's as its type allows (gguf.max_kl). A type added later does not redo the others. With gguf.imatrix the "
-        "types from q6_k down round the weights that matter most with the most care; imatrix.gguf says which they are."
+        "quantised to each type of the recipe. llama.cpp runs every file on held-out conversations before it is "
+        "published: same token ids, same chat template, and next-token distributions as close to the merged model's "
+        "as its type requires (gguf.max_kl). A type added later does not redo the others. With gguf.imatrix, the types "
+        "from q6_k down have a smaller quantisation error in the weights that matter most; imatrix.gguf lists these."
     ),
     kinds={"gguf"},
     pool=POOL,
