@@ -1,4 +1,4 @@
 """The Dagster side: eight thin assets, one file each.
 
-No work is done here: assets call into the rooms below. Front door: `all_assets`.
+The assets contain no ML code: they call the rooms below. Front door: `all_assets`.
 """

@@ -1,4 +1,4 @@
-"""base_model: the pinned base, as an ordinary Hugging Face folder."""
+"""base_model: the pinned base model, as an ordinary Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def build(step: Step) -> Made:
     named = config.get("architectures")
     facts["architecture"] = named[0] if isinstance(named, list) and named else config.get("model_type")
     packaged = isinstance(base_model.locate(step.recipe.model, step.project.root), base_model.Packaged)
-    # a card of our own is no part of what the model is
+    # a model card that this project wrote is not part of the model
     content = [path.name for path in sorted(step.staging.iterdir()) if path.name != model_card.NAME]
     return Made(facts, content=content if packaged else None)
 

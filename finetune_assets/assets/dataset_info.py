@@ -41,8 +41,8 @@ DATASET_INFO = StepAsset(
     name="dataset_info",
     description=(
         "Every row parsed and checked, exact duplicates dropped, then split by content into train, validation and "
-        "test. Rows that ask the same question stay in one split. Its data version is that of the conversations: "
-        "re-formatted or reordered source files change nothing downstream."
+        "test. Rows that ask the same question stay in one split. Its data version depends on the conversations "
+        "only: re-formatted or reordered source files change nothing downstream."
     ),
     kinds={"json"},
     build=build,

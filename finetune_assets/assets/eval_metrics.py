@@ -1,4 +1,4 @@
-"""eval_metrics: base against tuned on rows that training never saw."""
+"""eval_metrics: scores of base and tuned model on rows that training never saw."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _sample(sample: Mapping) -> str:
 EVAL_METRICS = StepAsset(
     name="eval_metrics",
     description=(
-        "BLEU-4, ROUGE-1/2/L and perplexity of base and tuned model on the test split only, by the same questions, "
-        "the same chat template and the same measures; and what both answered. Measured in a process of its own."
+        "BLEU-4, ROUGE-1/2/L and perplexity of base and tuned model on the test split only, with the same questions, "
+        "chat template and measures; and the answers of both. Measured in a separate process."
     ),
     kinds={"python"},
     pool=POOL,

@@ -1,4 +1,4 @@
-"""lora_adapter: what training learnt, apart from the base."""
+"""lora_adapter: the trained weights, separate from the base model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from finetune_assets.store.artifact import Artifact, Made
 from finetune_assets.worker.tasks.train import Train
 from resources.gpu import POOL
 
-LOOKS = ["loss.png", "training_log.jsonl"]  # for people; the loss curve is not what was learnt
-TRIED_ROWS = 50  # rows of the train split by which the chat template is tried
+LOOKS = ["loss.png", "training_log.jsonl"]  # for people only; they are not part of the trained weights
+TRIED_ROWS = 50  # rows of the train split that the chat template is tested with
 FIGURES = {
     "final loss": "final_loss",
     "validation loss": "validation_loss",
@@ -37,7 +37,7 @@ FIGURES = {
 def build(step: Step) -> Made:
     data, base = step.inputs["dataset_info"].path, step.inputs["base_model"]
     conversations = [row["messages"] for row in read_split(data / "train.jsonl", limit=TRIED_ROWS)]
-    prove_folder(base.path, step.project.cache, conversations)  # before the device is held
+    prove_folder(base.path, step.project.cache, conversations)  # before the step takes the device
     vocabulary = check_exportable(
         base.path,
         base.data_version,
@@ -70,8 +70,8 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
 LORA_ADAPTER = StepAsset(
     name="lora_adapter",
     description=(
-        "A LoRA adapter trained with TRL and PEFT on the train split, in a process of its own; saved as safetensors "
-        "together with the tokenizer and the chat template it was trained with."
+        "A LoRA adapter trained with TRL and PEFT on the train split, in a separate process; saved as safetensors "
+        "together with the tokenizer and the chat template of the training."
     ),
     kinds={"pytorch", "huggingface"},
     pool=POOL,

@@ -1,4 +1,4 @@
-"""ollama_model: what `ollama run` talks to."""
+"""ollama_model: the model that `ollama run` serves."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
 
 
 def _of_the_moment(artifact: Artifact) -> str:
-    """The Modelfile as it can be used from anywhere: FROM names the weights where they are now."""
+    """Return a Modelfile that works from any folder: FROM has the current path of the weights."""
     weights = artifact.path.parent.parent / "gguf_file" / artifact.inputs["gguf_file"]
     return modelfile(next(iter(recorded(artifact.metrics, weights).values())))
 
@@ -53,18 +53,18 @@ def _row(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "digest": facts["digests"][name],
         "weights": f"sha256:{entry['sha256']}",
     }
-    row["served by"] = facts.get("served", {}).get(name, {}).get("by", "no server yet: in our own store")
+    row["served by"] = facts.get("served", {}).get(name, {}).get("by", "no server yet: in the project's own store")
     return row | {"served before": facts["previous"][name] or "nothing"}
 
 
 OLLAMA_MODEL = StepAsset(
     name="ollama_model",
     description=(
-        "The GGUF file under its Ollama name, with a TEMPLATE derived from the chat template that it was trained "
-        "with, SYSTEM, stop tokens and num_ctx: on the server at OLLAMA_HOST if one answers, else in a model store of "
-        "our own that a server can be started with. Other types go to name:TYPE (ollama.types). On a server each is "
-        "checked under a staging tag before it takes over: weights, template, stop tokens, and an answer that agrees "
-        "with llama.cpp's. Stale as soon as that place no longer serves these digests."
+        "The GGUF file under its Ollama name, with a TEMPLATE derived from the chat template of the training, "
+        "SYSTEM, stop tokens and num_ctx: on the server at OLLAMA_HOST if one answers, else in the project's own model "
+        "store, which a server can be started with. Other types are called name:TYPE (ollama.types). On a server each "
+        "model is checked under a staging tag before it takes over: weights, template, stop tokens, and an answer "
+        "that agrees with llama.cpp's. Stale as soon as the server or store no longer has these digests."
     ),
     kinds={"ollama"},
     build=build,

@@ -1,4 +1,4 @@
-"""raw_dataset: the source files as they were when the chain ran."""
+"""raw_dataset: a copy of the source files, taken when the chain ran."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RAW_DATASET = StepAsset(
     name="raw_dataset",
     description=(
         "An immutable copy of the recipe's source files and their registry entries. "
-        "Later edits of the originals make this asset stale; they never change what was copied."
+        "Later edits of the originals make this asset stale; they never change the copy."
     ),
     kinds={"json"},
     build=build,
