@@ -1,4 +1,4 @@
-"""What Dagster calls the nodes of a lineage, and the tags that say which versions of them were read."""
+"""The Dagster names of a lineage's nodes, and the tags with the versions that an asset read."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from finetune_assets.recipe import DATASETS, Recipe
 DATA_VERSION = "dagster/data_version"
 CODE_VERSION = "dagster/code_version"
 READ = "dagster/input_data_version/"
-PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")  # recipe names that Dagster takes as they are
+PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")  # recipe names that Dagster accepts unchanged
 ASCII_OR_ONE = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
 LONGEST_WORD = 60
 
 
 def word_of(recipe: str) -> str:
-    """What Dagster calls a recipe: its name, or where Dagster does not take it, ASCII and a digest that keeps it apart.
+    """Return a recipe's name for Dagster: its own name or, if Dagster rejects that, an ASCII form with a digest.
 
-    `客服` is `u5ba2_u670d_` and six digits: Dagster takes ASCII letters, digits and '_' in every name. What people read
-    (the command line, artifact folders, descriptions, the tag `recipe` of runs) has the name itself.
+    `客服` becomes `u5ba2_u670d_` and six digits: Dagster accepts ASCII letters, digits and '_' in names. The command
+    line, artifact folders, descriptions and the tag `recipe` of runs have the original name.
     """
     if PLAIN.fullmatch(recipe):
         return recipe
@@ -40,7 +40,7 @@ def stem(recipe: str, mount: Mount = HOME) -> str:
 
 
 def job_name(recipe: str, mount: Mount = HOME) -> str:
-    """The job that brings every asset of a recipe up to date."""
+    """Return the name of the job that brings every asset of a recipe up to date."""
     return f"{stem(recipe, mount)}_job"
 
 
@@ -55,16 +55,19 @@ def chain_key(recipe: str, mount: Mount = HOME) -> list[str]:
 
 
 def asset_key(recipe: Recipe, asset: str, mount: Mount = HOME) -> dg.AssetKey:
+    """Return the key of an asset of a recipe."""
     return dg.AssetKey([*chain_key(recipe.name, mount), asset])
 
 
 def values_key(recipe: Recipe, asset: str, mount: Mount = HOME) -> dg.AssetKey:
-    """The node of the recipe values that an asset reads."""
+    """Return the key of the node with the recipe values that an asset reads."""
     return dg.AssetKey([*chain_key(recipe.name, mount), f"{asset}_config"])
 
 
 def file_key(recipe: Recipe, dataset: str, mount: Mount = HOME) -> dg.AssetKey:
-    """The node of a data set's file and registry entry: one for all recipes of this project that read it."""
+    """Return the key of a data set's node, which all recipes of the project that read the data set share.
+
+    The node stands for the data set's file and its registry entry."""
     folder = PurePosixPath(recipe.dataset.dataset_dir)
     above = [] if folder == PurePosixPath("data") else [_word(part) for part in folder.parts or (".",)]
     chain = chain_key(recipe.name, mount) if mount.own_datasets else []
@@ -72,13 +75,13 @@ def file_key(recipe: Recipe, dataset: str, mount: Mount = HOME) -> dg.AssetKey:
 
 
 def source_keys(recipe: Recipe, asset: str, mount: Mount = HOME) -> list[dg.AssetKey]:
-    """The nodes that an asset reads beside its upstream assets."""
+    """Return the keys of the nodes that an asset reads besides its upstream assets."""
     files = recipe.dataset.dataset if asset == FILES else []
     return [values_key(recipe, asset, mount), *(file_key(recipe, name, mount) for name in files)]
 
 
 def source_versions(recipe: Recipe, asset: str, reading: Reading, mount: Mount = HOME) -> dict[dg.AssetKey, str]:
-    """The versions of those nodes."""
+    """Return the version of each node of `source_keys`."""
     files = {file_key(recipe, name, mount): digest for name, digest in reading.files.items()}
     return {values_key(recipe, asset, mount): reading.version, **files}
 
@@ -86,10 +89,10 @@ def source_versions(recipe: Recipe, asset: str, reading: Reading, mount: Mount =
 def read_tags(
     recipe: Recipe, asset: str, reading: Reading, upstreams: Mapping[str, str], mount: Mount = HOME
 ) -> dict[str, str]:
-    """Provenance: the versions that were read, which Dagster's own last observation need not be.
+    """Return the provenance tags: the versions that were read, which may differ from Dagster's last observation.
 
     Args:
-        upstreams: data version of every upstream asset.
+        upstreams: upstream asset -> its data version.
     """
     versions = source_versions(recipe, asset, reading, mount)
     versions |= {asset_key(recipe, name, mount): version for name, version in upstreams.items()}
@@ -97,6 +100,6 @@ def read_tags(
 
 
 def _word(text: str) -> str:
-    """A part of a key: Dagster takes letters, digits and '_'; other names keep apart by a digest."""
+    """Return a part of a key. Dagster accepts letters, digits and '_'; any other name is changed and gets a digest."""
     word = re.sub(r"\W", "_", text, flags=re.ASCII)
     return word if word == text else f"{word}_{hashlib.sha256(text.encode()).hexdigest()[:6]}"
