@@ -1,4 +1,4 @@
-"""One step of a lineage as a Dagster asset: run or reuse it, report its data version and its metadata."""
+"""A step of a lineage as a Dagster asset, which builds or reuses the artifact and reports its version and metadata."""
 
 import time
 import traceback
@@ -31,17 +31,17 @@ from resources.gpu import GpuResource
 from resources.worker_pipes import run_worker
 
 FORCE_TAG = "finetune/force"
-LOG_EVERY = 10.0  # seconds between two progress lines in Dagster's log
+LOG_EVERY = 10.0  # seconds: shortest time between two progress lines in Dagster's log
 
 
 @dataclass(frozen=True)
 class StepAsset:
-    """What distinguishes one asset from another.
+    """The parts in which the assets differ.
 
     Args:
-        pool: the Dagster pool of what only so many runs can use at a time.
-        build: makes the artifact in `step.staging`; calls into one ML room.
-        describe: the artifact's metadata for the asset page.
+        pool: the Dagster pool that limits how many runs use a device at the same time.
+        build: writes the artifact to `step.staging`; calls one ML room.
+        describe: returns the artifact's metadata for the asset page.
     """
 
     name: str
@@ -53,7 +53,7 @@ class StepAsset:
 
 
 def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
-    """The Dagster asset `<recipe>/<name>`."""
+    """Return the Dagster asset `<recipe>/<name>`."""
     node, key = NODES[spec.name], asset_key(recipe, spec.name, mount)
 
     @dg.asset(
@@ -74,7 +74,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
             result = _run(spec, recipe, project, mount, context)
         except FinetuneError as error:
             failure = error
-        except Exception as error:  # a run ends with a message that names the asset, whatever a library raised
+        except Exception as error:  # any error of a library becomes a message that names the asset
             context.log.error(mask(traceback.format_exc()))
             failure = disk_trouble(error, project.home) or unforeseen(error, f"{recipe.name}/{spec.name}")
             failure.__cause__ = error
@@ -82,7 +82,7 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
             yield result
             return
         yield from failed_checks(spec.name, recipe, failure.message, key)
-        # Dagster shows a Failure's description instead of a traceback; it records what it came from, too
+        # Dagster shows a Failure's description instead of a traceback, and records its cause
         raise dg.Failure(description=printable(str(failure)), allow_retries=False) from masked_error(failure)
 
     return step
@@ -90,13 +90,13 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
 
 def _description(spec: StepAsset, recipe: Recipe) -> str:
     named = word_of(recipe.name) == recipe.name
-    return spec.description if named else f"{spec.description} Of the recipe {recipe.name}."
+    return spec.description if named else f"{spec.description} Recipe: {recipe.name}."
 
 
 def _run(
     spec: StepAsset, recipe: Recipe, project: Project, mount: Mount, context: dg.AssetExecutionContext
 ) -> dg.MaterializeResult:
-    """Make the asset, or find it up to date; report what Dagster is told."""
+    """Build the artifact, or reuse it if it is up to date; return the result for Dagster."""
     publish(spec.name, Begin())
     tag_run(context)
 
@@ -123,13 +123,13 @@ def _run(
 
 
 def _selected(recipe: Recipe, mount: Mount, context: dg.AssetExecutionContext) -> list[str]:
-    """The assets that a run is to bring up to date."""
+    """Return the assets that a run brings up to date."""
     selected = context.run.asset_selection
     return [name for name in NODES if not selected or asset_key(recipe, name, mount) in selected]
 
 
 def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, project: Project, *, reused: bool) -> dict[str, Any]:
-    """The metadata of an artifact for the asset's page. Paths in it are those of the moment."""
+    """Return the metadata of an artifact for the asset's page, with its current paths."""
     commands = serving_commands(spec.name, artifact, recipe, project.ollama_models)
     return {
         **_described(spec, artifact),
@@ -142,23 +142,23 @@ def page(spec: StepAsset, artifact: Artifact, recipe: Recipe, project: Project, 
 
 
 def _described(spec: StepAsset, artifact: Artifact) -> Mapping[str, Any]:
-    """What the asset says of its artifact; all that is on record as it is, where an earlier release recorded less."""
+    """Return the asset's own metadata, or the raw metrics if an earlier release recorded too few of them."""
     try:
         return spec.describe(artifact)
-    except Exception as error:  # also what Dagster refuses: a page must not fail what is published
+    except Exception as error:  # and values that Dagster rejects: the page must not fail a published artifact
         return {
-            "not described": dg.MetadataValue.text(f"its manifest lacks what this page shows: {error!r}"),
-            "on record": dg.MetadataValue.json(dict(artifact.metrics)),
+            "not described": dg.MetadataValue.text(f"its manifest lacks a value of this page: {error!r}"),
+            "metrics": dg.MetadataValue.json(dict(artifact.metrics)),
         }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
-    """A metadata table; columns are the keys of the first row."""
+    """Return a metadata table; its columns are the keys of the first row."""
     return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])
 
 
 def figure(value: Any) -> dg.MetadataValue:
-    """A number or a word as metadata; lists and objects as JSON."""
+    """Return a number or a text as metadata; lists and objects become JSON."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return dg.MetadataValue.text(str(value))
     if isinstance(value, int):
@@ -167,7 +167,7 @@ def figure(value: Any) -> dg.MetadataValue:
 
 
 def _reporter(name: str, log: Callable[[str], None]) -> Progress:
-    """Publish every event, and write a line to Dagster's log now and then."""
+    """Publish every event, and write messages and some of the progress to Dagster's log."""
     last = -LOG_EVERY
 
     def report(event: Event) -> None:
