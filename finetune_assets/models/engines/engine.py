@@ -1,7 +1,7 @@
-"""Talking to a model at each stage of its making: base, adapter or merged folder, GGUF file, Ollama.
+"""The protocol for chat with a model at each stage: base, adapter or merged folder, GGUF file, Ollama.
 
-All engines answer greedily, so that what differs between two of them is the model. Messages are
-{"role", "content"} dictionaries and end with a user turn; a system prompt is added by the caller.
+All engines decode greedily, so a difference between two answers comes from the model. Messages are
+{"role", "content"} dictionaries and end with a user turn; the caller adds the system prompt.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ Messages = list[dict[str, str]]
 
 
 class Engine(Protocol):
-    """Something that answers. `stream` yields the answer in pieces as they come; `close` frees the model's memory.
+    """A model that answers conversations.
 
-    `speed` is that of the last whole answer: tokens per second of writing, without the reading of the prompt.
+    `speed` belongs to the last complete answer: generated tokens per second, without the time to read the prompt.
     """
 
     name: str
     speed: float | None
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
-        """The answer, piece by piece. Leaving the iteration early ends the generation.
+        """Yield the answer piece by piece. Leaving the iteration early ends the generation.
 
         Raises:
-            StepFailed: the conversation does not fit into the context, or the server gave no answer.
+            StepFailed: the conversation does not fit into the context, or the server did not answer.
         """
         ...
 
     def close(self) -> None:
-        """The engine is not used any more."""
+        """Free the model's memory; the engine cannot be used afterwards."""
         ...
 
 
 def answer(engine: Engine, messages: Messages, max_new_tokens: int = 128) -> str:
-    """The whole answer at once, without surrounding white space."""
+    """Return the complete answer, without surrounding white space."""
     return "".join(engine.stream(messages, max_new_tokens=max_new_tokens)).strip()
 
 
 def too_long(tokens: int, room: int, remedy: str = "") -> StepFailed:
     """Return the error for a conversation that does not fit into the model's context."""
     return StepFailed(
-        f"the conversation is {tokens} tokens long, and the model's context holds {room}",
+        f"the conversation has {tokens} tokens (limit {room}, the model's context)",
         f"start a new conversation{remedy}",
     )

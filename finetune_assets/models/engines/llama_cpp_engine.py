@@ -1,4 +1,4 @@
-"""Answers of a GGUF file in llama.cpp, inside this process."""
+"""The engine for GGUF files: llama.cpp, inside this process."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from finetune_assets.reporting.errors import StepFailed
 class GgufEngine:
     """A GGUF file in llama.cpp, inside this process, rendered by the chat template that the file carries.
 
-    llama.cpp's server object opens a port on the loopback interface, which it cannot be talked out of; a random key
-    keeps everyone else from using it.
+    llama.cpp's server object always opens a port on the loopback interface; a random key keeps others from using
+    it.
 
     Args:
-        num_ctx: context window in tokens; prompt and answer share it, and memory grows with it.
-        pure: take the model's words as they are; otherwise llama.cpp picks tool calls out of them, as it does for
-            servers, and may prepare messages for that.
+        num_ctx: context window in tokens; prompt and answer share it, and memory use grows with it.
+        pure: return the model's text unchanged. Otherwise llama.cpp extracts tool calls from it, as it does for
+            servers, and may change the messages for that.
 
     Raises:
-        StepFailed: no such file, or llama.cpp cannot load it.
+        StepFailed: the file does not exist, or llama.cpp cannot load it.
     """
 
     def __init__(self, path: Path, *, num_ctx: int = 2048, pure: bool = True):
         if not path.is_file():
-            raise StepFailed(f"{path}: there is no such GGUF file", "materialise gguf_file, or check the path")
+            raise StepFailed(f"GGUF file {path} does not exist", "materialise gguf_file, or check the path")
         self.name = path.stem
         self.speed: float | None = None
         xllamacpp: Any = import_module("xllamacpp")  # a compiled module without type stubs
@@ -50,16 +50,16 @@ class GgufEngine:
         params.ui = False
         params.endpoint_slots = False
         params.endpoint_metrics = True
-        params.cache_ram_mib = 0  # else up to 8 GiB of earlier prompts
+        params.cache_ram_mib = 0  # the default keeps up to 8 GiB of earlier prompts
         params.force_pure_content_parser = pure
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise StepFailed(
-                f"{path}: llama.cpp cannot load this file",
-                "it may be damaged, too large for the memory, or of an architecture that this llama.cpp does not know",
+                f"llama.cpp cannot load {path}",
+                "check that it is whole, fits into memory, and has an architecture that this llama.cpp supports",
             ) from error
-        # An answer from its loop: a server that is let go before that has begun waits for it for ever.
+        # Wait until its loop runs: a server that is deleted before its loop has started never returns.
         self._server.handle_metrics()
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
@@ -72,20 +72,20 @@ class GgufEngine:
             "reasoning_format": "none",
         }
         events: Queue[dict[str, Any] | Exception | None] = Queue()
-        left = threading.Event()
+        cancelled = threading.Event()
 
         def receive(event: dict[str, Any]) -> bool:
             events.put(event)
-            return left.is_set()  # True ends the generation
+            return cancelled.is_set()  # True ends the generation
 
         def run(server: Any) -> None:
             try:
                 server.handle_chat_completions(request, receive)
-            except Exception as error:  # whatever it is, it belongs to the thread that reads the answer
+            except Exception as error:  # passed on to the thread that reads the answer
                 events.put(error)
             events.put(None)
 
-        # llama.cpp calls back, we hand out an iterator: it needs a thread of its own (it releases the GIL).
+        # llama.cpp reports by callback, and this method is an iterator: llama.cpp gets a thread (it releases the GIL).
         worker = threading.Thread(target=run, args=[self._server], name="llama.cpp", daemon=True)
         worker.start()
         try:
@@ -94,11 +94,11 @@ class GgufEngine:
                 if isinstance(event, dict) and "timings" in event:
                     self.speed = event["timings"].get("predicted_per_second")
         finally:
-            left.set()
+            cancelled.set()
             worker.join()
 
     def complete(self, messages: Messages, *, max_new_tokens: int, stop: Sequence[str] = ()) -> dict[str, Any]:
-        """The whole greedy answer as llama.cpp's chat completion object, token counts included."""
+        """Return the complete greedy answer as llama.cpp's chat completion object, token counts included."""
         request = {"messages": messages, "max_tokens": max_new_tokens, "temperature": 0, "stop": list(stop)}
         return self._server.handle_chat_completions({**request, "reasoning_format": "none"})
 
@@ -108,13 +108,13 @@ class GgufEngine:
 
 
 def _piece(event: dict[str, Any] | Exception) -> Iterator[str]:
-    """The text in one of llama.cpp's stream events, if there is any."""
+    """Yield the text of one llama.cpp stream event, if there is any."""
     if isinstance(event, Exception):
-        raise StepFailed(f"llama.cpp gave no answer: {event}") from event
+        raise StepFailed(f"llama.cpp did not answer: {event}") from event
     if error := event.get("error"):
         if error.get("type") == "exceed_context_size_error":
             raise too_long(error["n_prompt_tokens"], error["n_ctx"], ", or raise ollama.num_ctx in the recipe")
-        raise StepFailed(f"llama.cpp gave no answer: {error.get('message', error)}")
+        raise StepFailed(f"llama.cpp did not answer: {error.get('message', error)}")
     for choice in event.get("choices", []):
         if text := choice["delta"].get("content"):
             yield text

@@ -1,4 +1,4 @@
-"""Answers of a model on an Ollama server."""
+"""The engine for models on an Ollama server."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class OllamaEngine:
     Args:
         host: the server, e.g. http://127.0.0.1:11434
         name: the model's name there, with or without a tag.
-        options: of the model (temperature, num_ctx, ...); they go before those given here, which make it greedy.
-        timeout: seconds without a sign of life; loading a large model takes its time.
+        options: model options (temperature, num_ctx, ...); they override the defaults, which decode greedily.
+        timeout: seconds without any data; a large model takes long to load.
     """
 
     def __init__(self, host: str, name: str, *, options: dict[str, Any] | None = None, timeout: float = 300):
@@ -26,9 +26,9 @@ class OllamaEngine:
         self.name = name
         self.speed: float | None = None
         self._host = host
-        # A proxy from the environment is for the world outside, and would answer for a local server.
+        # A proxy from the environment is for remote servers; for a local one it would answer itself.
         self._client = ollama.Client(host=host, timeout=timeout, trust_env=not is_loopback(host))
-        # Ollama's own default penalises repetition, which is another decoding than the other engines'.
+        # Ollama penalises repetition by default, and the other engines do not.
         self._options = {"temperature": 0, "repeat_penalty": 1.0, **(options or {})}
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
@@ -45,7 +45,7 @@ class OllamaEngine:
                     self.speed = part.eval_count / part.eval_duration * 1e9
         except ollama.ResponseError as error:
             hint = (
-                "materialise ollama_model, or see `ollama list` for the names there"
+                "materialise ollama_model, or run `ollama list` for the names on the server"
                 if error.status_code == 404
                 else None
             )
@@ -53,14 +53,14 @@ class OllamaEngine:
         except (ConnectionError, httpx.HTTPError) as error:
             raise StepFailed(
                 f"Ollama at {self._host} does not answer: {error}",
-                "start the server (`ollama serve`), or set OLLAMA_HOST to where it runs",
+                "start the server (`ollama serve`), or set OLLAMA_HOST to its address",
             ) from error
 
     def close(self) -> None:
-        """See `Engine.close`. The model stays loaded on the server for as long as the server keeps it."""
+        """See `Engine.close`. The server decides how long the model stays loaded."""
 
 
 def is_loopback(url: str) -> bool:
-    """Whether the server is on this very machine."""
+    """Return whether the server is on this machine."""
     host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     return host in ("localhost", "::1", "0.0.0.0", "") or host.startswith("127.")

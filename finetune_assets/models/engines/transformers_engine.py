@@ -1,4 +1,4 @@
-"""Answers of a Hugging Face folder in transformers."""
+"""The engine for Hugging Face folders: transformers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class TransformersEngine:
-    """A Hugging Face folder (base or merged model), with an adapter on it if one is given.
+    """A Hugging Face folder (base or merged model), with an optional adapter.
 
     Args:
-        template: the chat template of a base model that has none of its own.
+        template: the chat template for a base model that does not have one.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class TransformersEngine:
 
     @property
     def default_system(self) -> str | None:
-        """The system prompt that the model was trained with, for callers who have no other."""
+        """Return the system prompt that the model was trained with, as a default for callers."""
         return self._chat.default_system
 
     def stream(self, messages: Messages, *, max_new_tokens: int) -> Iterator[str]:
@@ -50,24 +50,24 @@ class TransformersEngine:
         room = context_length(self._model)
         if room is not None and len(prompt) >= room:
             raise too_long(len(prompt), room)
-        most = max_new_tokens if room is None else min(max_new_tokens, room - len(prompt))
-        said: list[int] = []
+        limit = max_new_tokens if room is None else min(max_new_tokens, room - len(prompt))
+        answer: list[int] = []
         shown = ""
         began = None
-        for [(_, token)] in greedy_steps(self._model, [prompt], self._chat.stop_token_ids, most):
+        for [(_, token)] in greedy_steps(self._model, [prompt], self._chat.stop_token_ids, limit):
             now = time.monotonic()
-            began = began or now  # the first token came with the reading of the prompt
-            self.speed = len(said) / (now - began) if now > began else None
+            began = began or now  # the first token includes the time to read the prompt
+            self.speed = len(answer) / (now - began) if now > began else None
             if token in self._chat.stop_token_ids:
                 break
-            said.append(token)
-            text = self._text(said)
-            # Bytes of an unfinished character decode to this mark: they wait for the rest of it.
+            answer.append(token)
+            text = self._text(answer)
+            # Bytes of an incomplete character decode to this mark: wait for the rest of the character.
             if text.endswith("\ufffd"):
                 continue
             yield text[len(shown) :]
             shown = text
-        if rest := self._text(said)[len(shown) :]:
+        if rest := self._text(answer)[len(shown) :]:
             yield rest
 
     def _text(self, ids: list[int]) -> str:
