@@ -1,8 +1,8 @@
-"""Chat templates that ask the engine what day it is, or whether to think, made to get the same answer everywhere.
+"""Chat templates with a fixed date and thinking mode, so that every engine renders the same prompt.
 
-transformers, llama.cpp and Ollama each answer in their own way: llama.cpp says `enable_thinking` and today's date where
-transformers says nothing. A model would be trained with one prompt and served with another. So the answer that training
-gives is written in front of the template, before training, and goes with the model wherever it is served.
+transformers, llama.cpp and Ollama set a template's variables differently: llama.cpp sets `enable_thinking` and today's
+date, and transformers does not. A model would be trained with one prompt and served with a different one. So the values
+of training are written in front of the template before training, and stay with the model wherever it is served.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from finetune_assets.chat.template_limits import rendering
 
-DAY = date(2024, 7, 26)  # the one that Llama 3's own templates fall back to
-# What llama.cpp tells a template and transformers does not. Two values of each, to see whether it matters.
+DAY = date(2024, 7, 26)  # the default of Llama 3's own templates
+# Variables that llama.cpp sets and transformers does not. Two dates show whether a template uses them.
 DATES = {"date_string": "%d %b %Y", "datetime": "%b %d %Y"}
 OTHER_DAY = date(2031, 1, 9)
 THINKING = "enable_thinking"
-NOTHING = "not_set_in_training"  # a name that nobody defines
+NOTHING = "not_set_in_training"  # a name that is never defined
 CLOCK = "strftime_now"
 CLOCK_CALLS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 PREFIX = re.compile(r"(?:\{% (?:set|macro) (?P<name>date_string|datetime|enable_thinking|strftime_now)\b)")
@@ -27,9 +27,9 @@ Conversation = list[dict[str, str]]
 
 
 def pinned(template: str) -> str:
-    """The chat template with training's date and thinking written in front; the same text if it asks for neither.
+    """Return the chat template with the date and thinking mode of training in front; unchanged if it uses neither.
 
-    Whoever renders it, with whatever they know, gets what transformers makes of `template` on `DAY`.
+    Every engine, whatever variables it sets, then renders what transformers renders from `template` on `DAY`.
     """
     prefix = ""
     for name, form in DATES.items():
@@ -46,37 +46,37 @@ def pinned(template: str) -> str:
 
 
 def pins(template: str) -> list[str]:
-    """What `pinned` wrote in front of this template, in words."""
-    found, at = set(), 0
+    """Describe what `pinned` wrote in front of this template."""
+    names, at = set(), 0
     while begin := PREFIX.match(template, at):
-        found.add(begin["name"])
+        names.add(begin["name"])
         closing = "{% endmacro %}" if begin["name"] == CLOCK else "%}"
         at = template.index(closing, at) + len(closing)
     words = {
-        "thinking is off, as it was in training, whatever a request says": THINKING in found,
-        f"the date in the prompt is {DAY.day} {DAY:%B %Y}, as it was in training": bool(found - {THINKING}),
+        "thinking is off, as it was in training, whatever a request says": THINKING in names,
+        f"the date in the prompt is {DAY.day} {DAY:%B %Y}, as it was in training": bool(names - {THINKING}),
     }
-    return [text for text, told in words.items() if told]
+    return [text for text, applies in words.items() if applies]
 
 
 def _clock(template: str, day: date) -> str:
-    """A macro in the place of transformers' clock; nothing where the template asks it in a way that is not plain."""
-    forms = sorted({found[2] for found in CLOCK_CALLS.finditer(template)})
+    """Return a macro that replaces transformers' clock; empty if the template calls it with more than a plain text."""
+    forms = sorted({call[2] for call in CLOCK_CALLS.finditer(template)})
     if not forms or template.count(f"{CLOCK}(") != len(CLOCK_CALLS.findall(template)):
         return ""
     answers = "".join(f"{{% if form == '{form}' %}}{day.strftime(form)}{{% endif %}}" for form in forms)
     return f"{{% macro {CLOCK}(form) %}}{answers}{{% endmacro %}}"
 
 
-def _matters(template: str, **told: Any) -> bool:
-    """Whether conversations are rendered differently when the template is told this."""
-    return _differ(template, template, told)
+def _matters(template: str, **variables: Any) -> bool:
+    """Return whether these variables change how conversations are rendered."""
+    return _differ(template, template, variables)
 
 
-def _differ(first: str, second: str, told: dict[str, Any] | None = None) -> bool:
-    """Whether two templates render conversations differently; `told` is what the second one is told."""
+def _differ(first: str, second: str, variables: dict[str, Any] | None = None) -> bool:
+    """Return whether two templates render conversations differently; only the second gets `variables`."""
     return any(
-        _rendered(first, talk, prompt, {}) != _rendered(second, talk, prompt, told or {})
+        _rendered(first, talk, prompt, {}) != _rendered(second, talk, prompt, variables or {})
         for talk in _conversations()
         for prompt in (True, False)
     )
@@ -89,11 +89,11 @@ def _conversations() -> Iterator[Conversation]:
         yield [*opening, user, answer, user]
 
 
-def _rendered(template: str, talk: Conversation, prompt: bool, told: dict[str, Any]) -> str:
+def _rendered(template: str, talk: Conversation, prompt: bool, variables: dict[str, Any]) -> str:
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    given: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "", "pad_token": ""} | told
+    given: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "", "pad_token": ""} | variables
     try:
         with rendering():
             rendered = render_jinja_template([talk], chat_template=template, add_generation_prompt=prompt, **given)

@@ -17,12 +17,12 @@ def render_jinja(
     generation: bool = True,
     tools: list[dict[str, Any]] | None = None,
 ) -> str:
-    """Return the prompt that transformers makes, in its sandbox. jinja2.TemplateError where the template refuses."""
+    """Return the prompt as transformers renders it, in its sandbox. Raises jinja2.TemplateError if that fails."""
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     conversation = [dict(message) for message in messages]
-    # Llama 3's templates take today's date unless they are told one.
+    # Llama 3's templates use today's date unless a date is set.
     given: dict[str, Any] = {**specials, "date_string": "26 Jul 2024", "tools": tools}
     try:
         with rendering():
@@ -31,6 +31,6 @@ def render_jinja(
             )
     except (TemplateError, BadInput):
         raise
-    except Exception as error:  # the template's own: it takes messages to be of another form, say
+    except Exception as error:  # raised by the template: it expects a different form of message, say
         raise TemplateError(str(error)) from error
     return rendered[0][0]

@@ -1,7 +1,7 @@
-"""From messages to token ids, in one place: what is trained, scored and served is rendered by the same Jinja text.
+"""Conversion of messages to token ids, the same for training, evaluation and export.
 
-Training, evaluation and export all come here. The tokenizer's `chat_template` is set to the resolved template by
-the caller; after that the ids of a row are exactly those of the tokenizer's own `apply_chat_template`.
+The caller sets the tokenizer's `chat_template` to the resolved template; after that the ids of a row are exactly
+those of the tokenizer's own `apply_chat_template`.
 
 Which tokens are learnt: each assistant turn from its first token after the turn's header to the token that ends the
 turn, that one included. What a template writes after it (a line break, say) is never generated, so it is not learnt.
@@ -22,7 +22,7 @@ from finetune_assets.reporting.first_difference import first_difference
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+IGNORED = -100  # the label that PyTorch's cross entropy ignores
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Encoded:
 
     Attributes:
         input_ids: at most `cutoff_len` ids.
-        labels: as many; the id where it is learnt, -100 elsewhere.
+        labels: as many as input_ids; the id where it is learnt, -100 elsewhere.
         cut: the row was longer than `cutoff_len` and lost its end.
     """
 
@@ -41,9 +41,9 @@ class Encoded:
 
     @property
     def learnt(self) -> int:
-        """How many tokens have a label; 0 means that there is nothing to learn from the row.
+        """Count the tokens that are learnt; 0 means that there is nothing to learn from the row.
 
-        The first position is not counted: nothing comes before it to predict it from.
+        The first position does not count: no earlier token predicts it.
         """
         return sum(label != IGNORED for label in self.labels[1:])
 
@@ -55,7 +55,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         name: auto (the tokenizer's own), or one of `TEMPLATES`.
 
     Raises:
-        BadInput: no such name, a tokenizer without a template of its own, or one that lacks the template's tokens.
+        BadInput: the name is unknown, or the tokenizer lacks a template (auto) or the template's tokens.
     """
     if name == "auto":
         own = tokenizer.chat_template
@@ -74,7 +74,7 @@ def resolve_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if missing := [token for token in tokens if token not in vocabulary]:
         raise BadInput(
             f"model.template: {name} needs the tokens {', '.join(missing)}, which the base model does not have",
-            "use auto, or a template whose tokens the base model knows",
+            "use auto, or a template whose tokens the base model has",
         )
     return text
 
@@ -106,14 +106,14 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
         raise BadInput(
             f"the chat template ends an assistant turn with {tail!r}, which holds no special token: "
             "a model trained with it would not learn to stop",
-            f"name another template under model.template: {', '.join(TEMPLATES)}",
+            f"name a different template under model.template: {', '.join(TEMPLATES)}",
         )
     eos = tokenizer.eos_token_id
     return list(dict.fromkeys([*ends, *([eos] if isinstance(eos, int) else [])]))
 
 
 def chat_settings(tokenizer: PreTrainedTokenizerBase, default_system: str | None) -> dict[str, Any]:
-    """What goes into chat.json beside an adapter or a merged model: all that a server must know to talk to it."""
+    """Return the content of chat.json beside an adapter or merged model: all that a server needs for chat."""
     template = resolve_template("auto", tokenizer)
     stops = stop_tokens(tokenizer, template)
     return {
@@ -127,7 +127,7 @@ def chat_settings(tokenizer: PreTrainedTokenizerBase, default_system: str | None
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, default_system: str | None = None
 ) -> list[int]:
-    """The ids that a model is given to answer `messages`, which end with a user turn: the answer's header included."""
+    """Return the prompt's ids for `messages`, which end with a user turn; the answer's header is included."""
     return _ids(tokenizer, _render(tokenizer, with_system(messages, default_system), prompt=True))
 
 
@@ -153,7 +153,7 @@ def encode_row(
 
     Raises:
         BadInput: the template refuses the conversation, or renders its beginning differently once more turns
-            follow, so that the answers cannot be told apart.
+            follow, so that the answers cannot be located.
     """
     if train_on_prompt and mask_history:
         raise BadInput("train.train_on_prompt and train.mask_history exclude each other", "set one of them")
@@ -165,11 +165,11 @@ def encode_row(
         return Encoded(input_ids[:cutoff_len], input_ids[:cutoff_len], cut)
     labels = [IGNORED] * len(input_ids)
     stops = set(stop_tokens(tokenizer, resolve_template("auto", tokenizer)))
-    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
-    for place in answers[-1:] if mask_history else answers:
-        start = _boundary(tokenizer, turns, place, text, input_ids, prompt=True)
-        end = _boundary(tokenizer, turns, place + 1, text, input_ids)
-        # The last one: an answer may hold the text of a stop token itself.
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    for index in answers[-1:] if mask_history else answers:
+        start = _boundary(tokenizer, turns, index, text, input_ids, prompt=True)
+        end = _boundary(tokenizer, turns, index + 1, text, input_ids)
+        # The last stop token: an answer may itself contain the text of one.
         end = next((at + 1 for at in range(end - 1, start - 1, -1) if input_ids[at] in stops), end)
         labels[start:end] = input_ids[start:end]
     return Encoded(input_ids[:cutoff_len], labels[:cutoff_len], cut)
@@ -198,7 +198,7 @@ def _boundary(
             "the chat template renders the beginning of a conversation differently once more turns follow "
             f"(turn {count}: {head[same : same + 40]!r} becomes {text[same : same + 40]!r}), "
             "so the answers of earlier turns cannot be learnt with it",
-            "set train.mask_history: true (only the last answer is learnt), or name another template under "
+            "set train.mask_history: true (only the last answer is learnt), or name a different template under "
             f"model.template: {', '.join(TEMPLATES)}",
         )
     return first_difference(_ids(tokenizer, head), input_ids)
@@ -214,7 +214,7 @@ def _render(
     """Render a conversation by the template.
 
     Raises:
-        BadInput: the template is not valid Jinja, or refuses the conversation (some know no system role, say).
+        BadInput: the template is not valid Jinja, or refuses the conversation (some do not support the system role).
     """
     try:
         with rendering():
@@ -227,12 +227,12 @@ def _render(
         roles = ", ".join(turn["role"] for turn in turns)
         raise BadInput(
             f"the chat template refuses a conversation with the roles {roles}: {error}",
-            "leave the role out that it does not know (model.default_system adds a system turn), or name another "
+            "remove the role that it does not support (model.default_system adds a system turn), or name a different "
             f"template under model.template: {', '.join(TEMPLATES)}",
         ) from error
     return str(rendered)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of rendered text: special tokens are in the text already, so none are added."""
+    """Return the token ids of rendered text, which already contains the special tokens."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

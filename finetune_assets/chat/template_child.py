@@ -1,9 +1,9 @@
-"""Renders conversations by a chat template, within limits of time and memory: a program, never imported.
+"""The program that renders conversations by a chat template within limits of time and memory. It is never imported.
 
-A chat template is a program of whoever published the model. Jinja's sandbox keeps it from files and the network, and
-not from loops without end or from texts that fill the memory. Started as `python -I template_child.py` it reads
+A chat template is a program by the model's publisher. Jinja's sandbox keeps it from files and the network, but not
+from endless loops or from texts that fill the memory. Started as `python -I template_child.py` it reads
 {"template", "conversations", "specials", "seconds", "bytes"} as JSON and prints {"error": null or "memory"}. The caller
-ends it when it does not answer. jinja2 is all that it loads: a limit on memory leaves no room for torch.
+ends it if it does not answer. It loads jinja2 only: the memory limit leaves no room for torch.
 """
 
 import json
@@ -31,29 +31,29 @@ TOOL = {
 
 
 class Generation(jinja2.ext.Extension):
-    """transformers' `{% generation %}` marks what the model says; here it only has to parse."""
+    """transformers' `{% generation %}` marks the model's answers; here it only has to parse."""
 
     tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> jinja2.nodes.Node | list[jinja2.nodes.Node]:
-        """Take the block for what is inside it."""
+        """Replace the block by its content."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def refuse(message: str) -> None:
-    """Raise what templates raise on conversations that they do not take."""
+    """Raise the error of a template that refuses a conversation."""
     raise jinja2.TemplateError(message)
 
 
 def now(form: str) -> str:
-    """Return the date as a template wants it."""
+    """Return the date in the form that a template names."""
     return datetime.now().astimezone().strftime(form)
 
 
 @contextmanager
 def harmless() -> Iterator[None]:
-    """Pass over what a template refuses, its own mistakes too: whoever needs the conversation says so."""
+    """Ignore refusals and errors of a template: the code that needs the conversation reports them."""
     try:
         yield
     except MemoryError:
@@ -63,7 +63,7 @@ def harmless() -> Iterator[None]:
 
 
 def render(template: str, conversations: list[list[dict[str, str]]], specials: dict[str, str]) -> None:
-    """Render each conversation, with and without what asks for an answer, and with a tool."""
+    """Render each conversation with and without the answer's header, and with a tool."""
     extensions: list[type[jinja2.ext.Extension]] = [Generation, jinja2.ext.loopcontrols]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
@@ -80,12 +80,12 @@ def render(template: str, conversations: list[list[dict[str, str]]], specials: d
 
 
 def main() -> None:
-    """Read the job, do it within its limits, print the answer."""
+    """Read the job, render it within its limits, and print the result."""
     job = json.load(sys.stdin)
     limits = {resource.RLIMIT_AS: job["bytes"], resource.RLIMIT_CPU: job["seconds"], resource.RLIMIT_CORE: 0}
-    for limit, most in limits.items():
-        with suppress(ValueError, OSError):  # macOS knows no limit on the address space
-            resource.setrlimit(limit, (most, most))
+    for limit, value in limits.items():
+        with suppress(ValueError, OSError):  # macOS does not support a limit on the address space
+            resource.setrlimit(limit, (value, value))
     error = None
     try:
         render(job["template"], job["conversations"], job["specials"])

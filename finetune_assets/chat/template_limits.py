@@ -1,8 +1,8 @@
-"""Chat templates of strangers, tried out before anything depends on them: so long, and so much memory, and no more.
+"""Trial renderings of untrusted chat templates, with limits of time and memory, before anything depends on them.
 
-Where a template is rendered for the first time it is rendered in a process of its own (template_child.py), which is
-ended when it exceeds the limits; the device is not held meanwhile. What passed is remembered by its digest. Later
-renderings, of conversations that were not tried, end after the same time.
+The first rendering of a template runs in a child process (template_child.py), which is ended if it exceeds the limits;
+the device is free meanwhile. Templates that passed are remembered by digest. Later renderings, which may be of other
+conversations, have the same time limit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from finetune_assets.reporting.printable import human_size
 
 SECONDS = 10
 MEMORY = 2_000_000_000  # bytes of address space: python and jinja2 take 60 MB
-LARGEST = 1_000_000  # characters of a template; published ones have up to 20,000
-HINT = "take that template out of the model's folder, or take a model whose template can be used"
+LARGEST = 1_000_000  # characters of a template; published ones have at most 20,000
+HINT = "remove that template from the model's folder, or use a different model"
 CONVERSATIONS = [
     [{"role": role, "content": text} for role, text in zip(roles, ("Be brief.", "Horse", "Zebra", "Owl"), strict=False)]
     for roles in (("user",), ("user", "assistant"), ("system", "user"), ("system", "user", "assistant", "user"))
@@ -38,8 +38,8 @@ def prove_folder(folder: Path, cache: Path | None, conversations: Sequence[Any] 
     """Try every chat template of a model folder.
 
     Args:
-        cache: where passed trials are remembered.
-        conversations: are tried besides the built-in ones.
+        cache: folder that records the templates that passed.
+        conversations: rendered in addition to the built-in ones.
 
     Raises:
         BadInput: a template exceeds the limits.
@@ -56,10 +56,10 @@ def prove(
     cache: Path | None = None,
     seconds: int = SECONDS,
 ) -> None:
-    """Render conversations by a template in a process of its own.
+    """Render conversations by a template in a child process.
 
     Raises:
-        BadInput: it takes longer or more memory than a template may.
+        BadInput: it exceeds the limit of time or memory.
     """
     if len(template) > LARGEST:
         raise BadInput(f"{called} has {len(template)} characters (limit {LARGEST})", HINT)
@@ -71,17 +71,17 @@ def prove(
     if (why := _try(json.dumps({**job, "seconds": seconds, "bytes": MEMORY}), seconds)) is not None:
         raise BadInput(f"{called} cannot be used: {why}", HINT)
     if passed is not None:
-        with contextlib.suppress(OSError):  # a full or read-only disk: it is tried again
+        with contextlib.suppress(OSError):  # a full or read-only disk: the next run tries the template again
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
 
 
 @contextlib.contextmanager
 def rendering(seconds: int = SECONDS) -> Iterator[None]:
-    """End what takes longer, in the main thread, where Python lets a timer in.
+    """Limit the time of a block, in the main thread, the only one where Python allows timers.
 
     Raises:
-        BadInput: the time is over.
+        BadInput: the block exceeds the limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -103,7 +103,7 @@ def templates_of(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield the name of the file and the text of each chat template in a model folder.
 
     Raises:
-        BadInput: a file that would hold one cannot be read.
+        BadInput: a file that may hold one cannot be read.
     """
     own = folder / "chat_template.jinja"
     if own.exists():
@@ -118,7 +118,7 @@ def templates_of(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in any of the forms that transformers knows: one text, or a list of named ones."""
+    """Yield the template texts in each form that transformers supports: one text, or named ones."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -130,7 +130,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _try(job: str, seconds: int) -> str | None:
-    """Why a template does not pass; None if it does."""
+    """Return why a template does not pass; None if it does."""
     child = subprocess.Popen(
         [sys.executable, "-I", str(Path(__file__).with_name("template_child.py"))],
         stdin=subprocess.PIPE,
@@ -144,7 +144,7 @@ def _try(job: str, seconds: int) -> str | None:
         error = json.loads(answer)["error"]
     except subprocess.TimeoutExpired:
         return f"it renders a short conversation for more than {seconds} s"
-    except ValueError:  # it was ended by the system: its limit of CPU time, or of memory
+    except ValueError:  # the system ended it: CPU time or memory over the limit
         if child.returncode == -signal.SIGXCPU:
             return f"it renders a short conversation for more than {seconds} s"
         return f"the process that renders it was ended (exit code {child.returncode})"

@@ -1,4 +1,4 @@
-"""A model folder's tokenizer, cutting text up as the folder's own tokenizer.json says."""
+"""A model folder's tokenizer, which tokenises exactly as the folder's own tokenizer.json says."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CORRECT_CLASS = "correct it, or fetch the model's files again"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder.
+    """Load the tokenizer of a Hugging Face folder.
 
-    For some classes (Llama's, so that of Llama 2, TinyLlama, Zephyr) transformers 5 takes from tokenizer.json the
-    vocabulary and merges only, and puts spaces in other places than the file says, which is what such a model was
-    trained with and what llama.cpp does: after a special token it leaves out the one that begins the next word. Where
-    the two differ, the file decides.
+    For some classes (Llama's, used by Llama 2, TinyLlama and Zephyr) transformers 5 reads only the vocabulary and the
+    merges from tokenizer.json. It then places spaces differently: after a special token it omits the space that begins
+    the next word. Such models were trained as the file says, and llama.cpp follows the file. Where the two differ, the
+    file decides.
 
     Raises:
-        StepFailed: the tokenizer is code that comes with the model, which is not trusted, or not a tokenizer.
-        OSError, ValueError: no tokenizer can be loaded from there.
+        StepFailed: the tokenizer needs code of the model that is not trusted, or the class is not a tokenizer.
+        OSError, ValueError: the folder does not have a tokenizer that can be loaded.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -46,8 +46,8 @@ def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
 
     with gate(trust=trust):
         try:
-            found: object = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
-        except Exception as error:  # whatever a class raises that stands in for the model's own
+            loaded: object = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+        except Exception as error:  # any error of a class that stands in for the model's own
             what = f"cannot load the tokenizer of {folder}"
             failure = None if trust else needs_its_own_code(what, folder, TOKENIZER_CONFIG, refusal(error))
             if failure is not None:
@@ -55,6 +55,6 @@ def _load(folder: Path, trust: bool) -> PreTrainedTokenizerBase:
             if isinstance(error, RecursionError):  # the class named there is AutoTokenizer
                 raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}", CORRECT_CLASS) from None
             raise
-    if not isinstance(found, PreTrainedTokenizerBase):
-        raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}, but {type(found).__name__}", CORRECT_CLASS)
-    return found
+    if not isinstance(loaded, PreTrainedTokenizerBase):
+        raise StepFailed(f"{folder}: {NOT_A_TOKENIZER}, but {type(loaded).__name__}", CORRECT_CLASS)
+    return loaded

@@ -218,7 +218,7 @@ def head(text: str, size: int | None = None) -> bytes:
 def test_heads_of_weights(tmp_path: Path, content: bytes):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(StepFailed, match="no safetensors"):
+    with pytest.raises(StepFailed, match="is not a safetensors file"):
         read_head(path)
 
 
@@ -227,7 +227,7 @@ def test_a_head_that_would_fill_the_memory_is_not_read(tmp_path: Path):
     with path.open("wb") as file:
         file.write(head("{}", 5 * 10**9))
         file.truncate(10**10)  # a hole: no disk is used
-    with pytest.raises(FinetuneError, match="its head would have 5000000000 bytes"):
+    with pytest.raises(FinetuneError, match="its header would have 5000000000 bytes"):
         read_head(path)
 
 

@@ -80,17 +80,17 @@ INDEX = "model.safetensors.index.json"
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ("{", "is no index of shards"),
-        ("[]", "is no index of shards"),
-        ('{"metadata": {}}', "is no index of shards"),
-        ('{"weight_map": ["w"]}', "is no index of shards"),
-        ('{"weight_map": {"w": 1}}', "is no index of shards"),
-        ('{"weight_map": {"w": "model-2.safetensors"}}', "names model-2.safetensors, which is not there"),
+        ("{", "is not an index of shards"),
+        ("[]", "is not an index of shards"),
+        ('{"metadata": {}}', "is not an index of shards"),
+        ('{"weight_map": ["w"]}', "is not an index of shards"),
+        ('{"weight_map": {"w": 1}}', "is not an index of shards"),
+        ('{"weight_map": {"w": "model-2.safetensors"}}', "names model-2.safetensors, which does not exist"),
         (
             '{"weight_map": {"w": "../base/model.safetensors"}}',
-            "names ../base/model.safetensors, which is no file beside",
+            "names ../base/model.safetensors, which is not in the same folder",
         ),
-        ('{"weight_map": {"w": "/etc/model.safetensors"}}', "names /etc/model.safetensors, which is no file beside"),
+        ('{"weight_map": {"w": "/etc/model.safetensors"}}', "names /etc/model.safetensors, which is not in the same folder"),
     ],
 )
 def test_an_index_of_shards_that_leads_nowhere_or_elsewhere(tmp_path: Path, index: str, words: str):

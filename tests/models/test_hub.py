@@ -251,4 +251,4 @@ def test_a_long_download_says_how_far_it_is_and_can_be_interrupted(client: Clien
 def test_a_missing_shard_is_named(client: Client):
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (client.hub.repositories[MODEL].folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model.safetensors.index.json names model-2.safetensors, which is not there" in client.fail()
+    assert "model.safetensors.index.json names model-2.safetensors, which does not exist" in client.fail()

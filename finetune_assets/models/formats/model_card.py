@@ -1,7 +1,7 @@
-"""The model card (README.md) of a Hugging Face folder: what its licence is and which languages it knows.
+"""The model card (README.md) of a Hugging Face folder: its licence and languages.
 
-A model made of another one is bound by that one's licence, so these facts go along; llama.cpp's converter reads them
-there. What a card does not say is left out. Format: https://huggingface.co/docs/hub/model-cards#model-card-metadata
+A derived model is bound by the licence of its base, so these facts are copied; llama.cpp's converter reads them
+from the card. Facts that a card does not state are left out. Format: https://huggingface.co/docs/hub/model-cards#model-card-metadata
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CARRIED = ("license", "license_name", "license_link", "language")
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The facts of `CARRIED` that a folder's card states; none where it has no card, or one that cannot be read."""
+    """Return the facts of `CARRIED` that a folder's card states; empty if there is no readable card."""
     try:
         lines = (folder / NAME).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -32,14 +32,14 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], text: str) -> None:
-    """A card that states the facts of `CARRIED` and says `text`; no card if there are none."""
+    """Write a card with the facts of `CARRIED` and the given text; without facts, write nothing."""
     if stated := _stated(facts):
         head = yaml.safe_dump(stated, sort_keys=True, allow_unicode=True)
         (folder / NAME).write_text(f"---\n{head}---\n\n{text}\n", encoding="utf-8")
 
 
 def _stated(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Words, and lists of them: YAML takes the language `no` for false, and nothing else belongs here."""
+    """Return only texts and lists of texts. YAML reads the language `no` as false, which is undone here."""
     words = {key: value if isinstance(value, list) else [value] for key, value in facts.items() if key in CARRIED}
     clean = {key: ["no" if word is False else word for word in value] for key, value in words.items()}
     right = {key: value for key, value in clean.items() if value and all(isinstance(word, str) for word in value)}

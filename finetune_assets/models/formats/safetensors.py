@@ -1,8 +1,8 @@
-"""Safetensors in and out, one tensor at a time.
+"""Reading and writing of safetensors files, one tensor at a time.
 
-Reading goes by memory map through the safetensors library. Writing is ours, because the library wants a whole shard in
-memory: the header is known before the first tensor is computed, so tensors can be put in their places as they come.
-The bytes are the ones that the library's own `save_file` writes. Format:
+The safetensors library reads by memory map. Its writer needs a complete shard in memory, so this module writes itself:
+the header is known before the first tensor is computed, and each tensor goes to its offset when it is ready.
+The bytes are the same as those of the library's own `save_file`. Format:
 https://github.com/huggingface/safetensors#format
 """
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-LONGEST_HEAD = 100_000_000  # bytes; what the safetensors library takes
+LONGEST_HEAD = 100_000_000  # bytes, the safetensors library's own limit
 BYTES_OF = {  # in the order in which safetensors lays types out
     "U64": 8, "I64": 8, "F64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2, "I16": 2,
     "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-# Of an element; the last ones are read only to say that a model is quantised.
+# Bits of an element. The last types serve only to recognise a quantised model.
 BITS = {name: 8 * size for name, size in BYTES_OF.items()} | {
     "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
 }  # fmt: skip
-WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # what weights, and masks beside them, have where they are not quantised
-WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ's name; that of MXFP4's experts
+WHOLE = {"F64", "F32", "F16", "BF16", "BOOL"}  # types of weights and masks that are not quantised
+WEIGHT = re.compile(r"weight|\.W_q$|_blocks$")  # also qweight and weight_packed; HQQ; experts in MXFP4
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # by torch's names
 FLOAT_NAMES = {stored: name for name, stored in FLOATS.items()}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a tensor will be on disk: its name, safetensors dtype ("F32", "BF16", ...) and shape."""
+    """A tensor on disk: its name, safetensors dtype ("F32", "BF16", ...) and shape."""
 
     name: str
     dtype: str
@@ -81,16 +81,16 @@ class Checkpoint:
         return iter(self.file_of)
 
     def spec(self, name: str) -> Spec:
-        """Dtype and shape of a tensor, without reading it."""
+        """Return the name, dtype and shape of a tensor without reading its data."""
         part = self._handle(self.file_of[name]).get_slice(name)
         return Spec(name, part.get_dtype(), tuple(part.get_shape()))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor, on the CPU, in the dtype it is stored in."""
+        """Read a tensor, on the CPU, in its stored dtype."""
         return self._handle(self.file_of[name]).get_tensor(name)
 
     def place(self, name: str) -> tuple[Path, int]:
-        """The file that a tensor is in, and the place of its first byte."""
+        """Return the file that holds a tensor, and the offset of its first byte."""
         file = self.folder / self.file_of[name]
         if file.name not in self._places:
             begin, entries = read_head(file)
@@ -98,7 +98,7 @@ class Checkpoint:
         return file, self._places[file.name][name]
 
     def rows(self, name: str, at: Sequence[int]) -> torch.Tensor:
-        """Some rows of a tensor, without reading the others; all of a vector."""
+        """Read some rows of a tensor without the others; a vector is read completely."""
         import torch
 
         part = self._handle(self.file_of[name]).get_slice(name)
@@ -126,18 +126,20 @@ class Checkpoint:
             try:
                 self._handles[file] = self._open.enter_context(safe_open(self.folder / file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise StepFailed(f"{self.folder / file} cannot be read: {error}", "fetch or make it again") from error
+                raise StepFailed(
+                    f"cannot read {self.folder / file}: {error}", "fetch or materialise it again"
+                ) from error
         return self._handles[file]
 
 
 def read_index(folder: Path, called: str) -> dict[str, str] | None:
-    """Tensor -> the file beside the index that holds it; None where the folder has no index of shards.
+    """Return the file that holds each tensor, by tensor name; None if the folder does not have an index of shards.
 
     Args:
-        called: what the folder is called when it is spoken of.
+        called: the folder's name in error messages.
 
     Raises:
-        StepFailed: the index is damaged, or names a file that is missing or lies elsewhere.
+        StepFailed: the index is damaged, or names a file that is missing or in a different folder.
     """
     if not (folder / INDEX).is_file():
         return None
@@ -145,23 +147,27 @@ def read_index(folder: Path, called: str) -> dict[str, str] | None:
         file_of: dict[str, str] = read_model_json(folder / INDEX)["weight_map"]
         outside = [file for file in file_of.values() if Path(file).name != file]
     except BadInput as error:
-        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error})", "fetch or make it again") from error
+        raise StepFailed(
+            f"{called}: {INDEX} is not an index of shards ({error})", "fetch or materialise it again"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StepFailed(f"{called}: {INDEX} is no index of shards ({error!r})", "fetch or make it again") from error
+        raise StepFailed(
+            f"{called}: {INDEX} is not an index of shards ({error!r})", "fetch or materialise it again"
+        ) from error
     if not file_of:
-        raise StepFailed(f"{called}: {INDEX} names no tensor", "fetch or make it again")
+        raise StepFailed(f"{called}: {INDEX} does not name any tensors", "fetch or materialise it again")
     if outside:
         raise StepFailed(
-            f"{called}: {INDEX} names {outside[0]}, which is no file beside it",
-            "put the shards into the model's folder, and their plain names into the index",
+            f"{called}: {INDEX} names {outside[0]}, which is not in the same folder",
+            "put the shards into the model's folder, and only their file names into the index",
         )
     if missing := sorted(file for file in set(file_of.values()) if not (folder / file).is_file()):
-        raise StepFailed(f"{called} is incomplete: {INDEX} names {missing[0]}, which is not there", "fetch it again")
+        raise StepFailed(f"{called} is incomplete: {INDEX} names {missing[0]}, which does not exist", "fetch it again")
     return file_of
 
 
 def stored_types(folder: Path) -> set[str]:
-    """The safetensors dtypes in a Hugging Face folder, from the heads of its files: no import, no weights read."""
+    """Return the safetensors dtypes in a Hugging Face folder, from the headers of its files alone."""
     types: set[str] = set()
     for file in sorted(folder.glob("model*.safetensors")):
         types |= {entry["dtype"] for entry in read_head(file)[1].values()}
@@ -169,9 +175,9 @@ def stored_types(folder: Path) -> set[str]:
 
 
 def quantised_tensor(folder: Path) -> Spec | None:
-    """A weight in a Hugging Face folder that is stored in no type of its own, from the heads of its files; None: none.
+    """Return the first quantised weight in a Hugging Face folder, from the headers of its files; None if there is none.
 
-    Whole numbers that are no weights, such as positions and masks, belong to many models.
+    Only weights count: many models also store integers that are not weights, such as positions and masks.
     """
     for file in sorted(folder.glob("*.safetensors")):
         for name, entry in read_head(file)[1].items():
@@ -181,31 +187,31 @@ def quantised_tensor(folder: Path) -> Spec | None:
 
 
 def read_head(file: Path) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Where a file's data begin, and what its head says of each tensor: dtype, shape, data_offsets.
+    """Return the offset of a file's data, and the header's entry of each tensor: dtype, shape, data_offsets.
 
     Raises:
-        StepFailed: it is not a regular file, or its head is not that of safetensors.
+        StepFailed: it is not a regular file, or does not have a safetensors header.
     """
     if (why := why_not_regular(file)) is not None:
-        raise StepFailed(f"{file}: {why}", "fetch or make it again")
+        raise StepFailed(f"{file}: {why}", "fetch or materialise it again")
     try:
         with file.open("rb") as data:
             size = int.from_bytes(data.read(8), "little")
             if size > min(LONGEST_HEAD, file.stat().st_size - 8):
-                raise Refused(f"its head would have {size} bytes")
+                raise Refused(f"its header would have {size} bytes")
             entries = parse_json(data.read(size).decode("utf-8"), clean=False)
         if not isinstance(entries, dict):
-            raise Refused("its head is not an object")
+            raise Refused("its header is not an object")
         entries.pop("__metadata__", None)
         if wrong := next((name for name, entry in entries.items() if not _describes(entry)), None):
-            raise Refused(f"its head does not describe the tensor {wrong[:60]!a}")
+            raise Refused(f"its header does not describe the tensor {wrong[:60]!a}")
     except (OSError, ValueError) as error:
-        raise StepFailed(f"{file} cannot be read: no safetensors ({error})", "fetch or make it again") from error
+        raise StepFailed(f"{file} is not a safetensors file ({error})", "fetch or materialise it again") from error
     return 8 + size, entries
 
 
 def _describes(entry: Any) -> bool:
-    """Whether this is what safetensors says of a tensor: https://github.com/huggingface/safetensors#format."""
+    """Return whether this is a valid header entry of a tensor: https://github.com/huggingface/safetensors#format."""
     if not isinstance(entry, dict) or str(entry.get("dtype")) not in BITS:
         return False
     numbers = [entry.get("shape"), entry.get("data_offsets")]
@@ -218,7 +224,7 @@ def _describes(entry: Any) -> bool:
 
 
 def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:
-    """File name -> its tensors, filled in order up to `limit` bytes; a tensor larger than that gets its own file."""
+    """Assign tensors to files in order, up to `limit` bytes each; a larger tensor gets its own file."""
     shards: list[list[Spec]] = [[]]
     used = 0
     for spec in specs:
@@ -233,13 +239,13 @@ def plan_shards(specs: Iterable[Spec], limit: int) -> dict[str, list[Spec]]:
 
 
 def in_file_order(specs: Iterable[Spec]) -> list[Spec]:
-    """The order in which safetensors lays tensors out: wide types first (alignment), then by name."""
+    """Sort tensors as safetensors does: wide types first (alignment), then by name."""
     order = list(BYTES_OF)
     return sorted(specs, key=lambda spec: (order.index(spec.dtype), spec.name))
 
 
 def head(specs: Sequence[Spec]) -> tuple[bytes, list[int]]:
-    """What a file of these tensors begins with (see `in_file_order`), and the place of each tensor in the file."""
+    """Return the header of a file with these tensors (see `in_file_order`), and each tensor's offset in the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in specs:
@@ -254,7 +260,7 @@ def head(specs: Sequence[Spec]) -> tuple[bytes, list[int]]:
 
 
 def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
-    """The index of several shards; nothing where there is only one file."""
+    """Write the index of several shards; a single file does not need one."""
     if len(shards) == 1:
         return
     total = sum(spec.nbytes for shard in shards.values() for spec in shard)
