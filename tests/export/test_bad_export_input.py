@@ -71,13 +71,16 @@ def test_a_folder_that_is_no_llama_cpp(mini: MiniProject, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("host", "why"),
     [
-        ("127.0.0.1:{port}", "http://127.0.0.1:{port} is no Ollama server: it answers 404 to /api/version"),
-        (":{port}", "http://127.0.0.1:{port} is no Ollama server: it answers 404 to /api/version"),
-        ("https://127.0.0.1:{port}", "https://127.0.0.1:{port} is no Ollama server: no secure connection (...)"),
-        ("http://127.0.0.1:{port}/x", "http://127.0.0.1:{port}/x is no Ollama server: it answers 404 to /api/version"),
-        ("my server", "http://my server:11434 is no Ollama server: not an address"),
-        ("ftp://127.0.0.1:{port}", "ftp://127.0.0.1:{port} is no Ollama server: not an address"),
-        ("::::", "http://:::::11434 is no Ollama server: not an address"),
+        ("127.0.0.1:{port}", "http://127.0.0.1:{port} is not an Ollama server: /api/version returned HTTP 404"),
+        (":{port}", "http://127.0.0.1:{port} is not an Ollama server: /api/version returned HTTP 404"),
+        ("https://127.0.0.1:{port}", "https://127.0.0.1:{port} is not an Ollama server: no secure connection (...)"),
+        (
+            "http://127.0.0.1:{port}/x",
+            "http://127.0.0.1:{port}/x is not an Ollama server: /api/version returned HTTP 404",
+        ),
+        ("my server", "http://my server:11434 is not an Ollama server: not an address"),
+        ("ftp://127.0.0.1:{port}", "ftp://127.0.0.1:{port} is not an Ollama server: not an address"),
+        ("::::", "http://:::::11434 is not an Ollama server: not an address"),
     ],
 )
 def test_an_address_that_is_not_ollama_s(mini: MiniProject, elsewhere: str, host: str, why: str) -> None:

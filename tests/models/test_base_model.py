@@ -90,7 +90,10 @@ INDEX = "model.safetensors.index.json"
             '{"weight_map": {"w": "../base/model.safetensors"}}',
             "names ../base/model.safetensors, which is not in the same folder",
         ),
-        ('{"weight_map": {"w": "/etc/model.safetensors"}}', "names /etc/model.safetensors, which is not in the same folder"),
+        (
+            '{"weight_map": {"w": "/etc/model.safetensors"}}',
+            "names /etc/model.safetensors, which is not in the same folder",
+        ),
     ],
 )
 def test_an_index_of_shards_that_leads_nowhere_or_elsewhere(tmp_path: Path, index: str, words: str):

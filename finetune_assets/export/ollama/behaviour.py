@@ -1,8 +1,8 @@
-"""How a server serves a model: which template renders the prompts, what the server stores, what it reports.
+"""Detection of how a server serves a model: which template renders the prompts, what it stores, what it reports.
 
-It is detected by what the server does where that differs, and by the server's version elsewhere. Servers before 0.30
-always follow TEMPLATE. Later ones choose between TEMPLATE and the GGUF file's chat template, and return a rendered
-prompt for `_debug_render_only`. Conversations that the two render differently show which one it was.
+It compares what the server does where servers differ, and otherwise relies on the version. Servers before 0.30
+always use TEMPLATE. Later ones choose between TEMPLATE and the GGUF file's chat template, and return a rendered
+prompt for `_debug_render_only`. Conversations that the two render differently show which one the server uses.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Behaviour:
     """How a server serves a model.
 
     Attributes:
-        prompts: what renders them, in words.
-        weights: as what it stores them, in words.
-        digest: of what it stores (hex), as far as it tells.
-        prompt: the rendered prompt of the question, where the server tells it.
+        prompts: what renders the prompts, as text.
+        weights: how the server stores the weights, as text.
+        digest: of the stored weights (hex), if the server reports it.
+        prompt: the rendered prompt of the question, if the server reports it.
     """
 
     version: str
@@ -44,9 +44,9 @@ class Behaviour:
 
     @property
     def leaves_out_cached(self) -> bool:
-        """Whether it may count only the prompt tokens that it had not read before, as the first 0.30 releases do."""
-        found = release(self.version)
-        return found is not None and found[:2] == CHOOSES[:2]
+        """Return whether it may count only prompt tokens that are not cached, as the first 0.30 releases do."""
+        number = release(self.version)
+        return number is not None and number[:2] == CHOOSES[:2]
 
     def __str__(self) -> str:
         return f"Ollama {self.version}: prompts by {self.prompts}, weights {self.weights}"
@@ -55,17 +55,17 @@ class Behaviour:
 def behaviour(
     host: str, version: str, name: str, model: OllamaModel, expected: Expected, *, keep_alive: float | None = None
 ) -> Behaviour:
-    """Find out how a server serves `model` under a name.
+    """Detect how a server serves `model` under a name.
 
     Args:
-        keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
+        keep_alive: seconds for which the model stays in the server's memory; None: the server's default.
 
     Raises:
-        OSError: the server gives no answer that can be read.
+        OSError: the server does not answer, or its answer cannot be read.
     """
     digest = ollama_weights.source_of(ollama_server.show(host, name))
     weights = "as sent" if digest == model.sha256 else "in a copy of its own"
-    if (found := release(version)) is not None and found < CHOOSES:
+    if (number := release(version)) is not None and number < CHOOSES:
         return Behaviour(version, TEMPLATE, weights, digest)
     prompt = rendered(host, name, expected.messages, keep_alive)
     prompts = UNKNOWN if prompt is None else _rendered_by(host, name, model, expected, prompt)
@@ -77,24 +77,24 @@ def behaviour(
 def rendered(host: str, name: str, messages: Messages, keep_alive: float | None = None) -> str | None:
     """Return the prompt that a server renders from a conversation; None if the server does not report it.
 
-    A server that does not know `_debug_render_only` answers instead, with one token.
+    A server that does not support `_debug_render_only` generates an answer of one token instead.
     """
     request: dict[str, Any] = {"model": name, "messages": messages, "stream": False, "_debug_render_only": True}
     request |= {"options": {"num_predict": 1}, **({} if keep_alive is None else {"keep_alive": keep_alive})}
     answer = ollama_server.ask(host, "/api/chat", PATIENCE, request)
-    found = (answer.get("_debug_info") or {}).get("rendered_template")
-    return found if isinstance(found, str) else None
+    prompt = (answer.get("_debug_info") or {}).get("rendered_template")
+    return prompt if isinstance(prompt, str) else None
 
 
 def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, prompt: str) -> str:
-    """Return which of the two templates gives the prompts that the server renders."""
-    told = [(expected.conversation, expected.prompt, prompt)]
+    """Return which of the two templates renders the server's prompts."""
+    samples = [(expected.conversation, expected.prompt, prompt)]
     for messages, jinja in expected.probes:
-        # what a server refuses to render tells nothing
-        if (found := _rendered_or_none(host, name, messages)) is not None:
-            told.append((messages, jinja, found))
-    by_go = [_by_template(model, messages) in (None, found) for messages, _, found in told]
-    by_jinja = [jinja == found for _, jinja, found in told]
+        # a conversation that the server refuses to render shows nothing
+        if (served := _rendered_or_none(host, name, messages)) is not None:
+            samples.append((messages, jinja, served))
+    by_go = [_by_template(model, messages) in (None, served) for messages, _, served in samples]
+    by_jinja = [jinja == served for _, jinja, served in samples]
     if all(by_go) and all(by_jinja):
         return ALIKE
     if all(by_go):
@@ -103,7 +103,7 @@ def _rendered_by(host: str, name: str, model: OllamaModel, expected: Expected, p
 
 
 def _predicted(version: str, model: OllamaModel) -> str:
-    """Return what a server of this version renders the model's prompts with, by its source."""
+    """Return what renders the model's prompts on a server of this version, according to Ollama's source."""
     head = read_head(model.gguf)
     jinja, architecture = head.get("tokenizer.chat_template"), str(head.get("general.architecture"))
     try:

@@ -1,6 +1,6 @@
 """Publication of GGUF files as Ollama models: on the server that answers, else in the project's own model store.
 
-A server with that store as its OLLAMA_MODELS can use it directly.
+A server whose OLLAMA_MODELS is that store can use it directly.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from finetune_assets.reporting.errors import FinetuneError, StepFailed
 from finetune_assets.reporting.events import Progress, message
 from finetune_assets.store.artifact import Artifact
 
-ROOM = 256  # bytes, and therefore tokens at most, of a short question with the words that a template puts around it
+ROOM = 256  # bytes of a short question with the template's text around it; it cannot have more tokens than bytes
 RECORDED = ("name", "models", "template", "system", "parameters")
-OWN_STORE = "the project's own"  # on record in place of a path, which is another one once the project has moved
+OWN_STORE = "the project's own"  # recorded instead of a path, because the project may move
 
 
 def publish(
     recipe: Recipe, gguf: Artifact, *, models: Path, out: Path, before: Mapping[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Serve what the recipe asks for, and write a Modelfile of each to `out`; facts for the manifest.
+    """Publish the recipe's models, write a Modelfile for each to `out`, and return facts for the manifest.
 
     Args:
-        gguf: the gguf_file artifact, whole.
-        models: our own Ollama model store.
-        before: what this returned the last time; tags that are wanted no longer are taken away.
+        gguf: the gguf_file artifact, undamaged.
+        models: the project's own Ollama model store.
+        before: the facts of the last publication; tags that the recipe no longer has are removed.
 
     Returns:
         name (without a tag), models (by name with its tag: type, file and sha256 of the weights), template, system,
-        parameters, the text of the first's Modelfile, prompts (how servers make them, in words), notes on what will not
-        be as asked for, and what `serve` returns.
+        parameters, modelfile (text of the first one), prompts (how servers render them, as text), notes (settings that
+        cannot be followed), and what `serve` returns.
 
     Raises:
-        StepFailed: no TEMPLATE renders the chat template with this system prompt, or the server fails.
+        StepFailed: no TEMPLATE can reproduce the chat template with this system prompt, or the server fails.
     """
     from finetune_assets.export.ollama.template.proof import prove_file
 
@@ -76,15 +76,15 @@ def publish(
 
 
 def recorded(facts: Mapping[str, Any], folder: Path) -> dict[str, OllamaModel]:
-    """Return the models that facts on record speak of, by name; their weights lie in `folder`.
+    """Return the models that recorded facts describe, by name; their weights are in `folder`.
 
     Raises:
-        StepFailed: the facts are an earlier release's, which recorded less.
+        StepFailed: an earlier release wrote the facts, and recorded less.
     """
     if missing := [key for key in RECORDED if key not in facts]:
         raise StepFailed(
-            f"{facts.get('name')} was made by an earlier release, which did not record its {missing[0]}",
-            "give the recipe the values of then (its manifest names them), and finetune run --force --to ollama_model",
+            f"{facts.get('name')} was published by an earlier release, which did not record its {missing[0]}",
+            "restore the recipe's earlier values (see its manifest), then finetune run --force --to ollama_model",
         )
     common = {key: facts[key] for key in ("template", "system", "parameters")}
     return {
@@ -96,46 +96,45 @@ def recorded(facts: Mapping[str, Any], folder: Path) -> dict[str, OllamaModel]:
 def serve(
     facts: Mapping[str, Any], folder: Path, *, before: Mapping[str, Any], models: Path, progress: Progress
 ) -> dict[str, Any]:
-    """Put models in place: on the server that answers, else in our own store.
+    """Publish models on the server that answers, else in the project's own store.
 
     Args:
         facts: as `publish` returns them.
-        folder: where the weights lie.
-        before: the facts of what was put in place last: tags that are wanted no longer are taken away.
+        folder: the folder of the weights.
+        before: the facts of the last publication; tags that the recipe no longer has are removed.
 
     Returns:
         digests (name with its tag -> digest of the Ollama manifest), digest (that of the first), previous (name ->
-        digest served under it until now, or none), where ("server" or "store"), place (a host, or OWN_STORE), and
-        asked (the host that was looked for a server).
+        digest served under it until now, or none), where ("server" or "store"), place (a host, or OWN_STORE),
+        asked (the host that was checked for a server), and served (how a server serves each model).
 
     Raises:
-        StepFailed: the server fails, or serves something else than was asked for; or the system prompt leaves no room
-            in the context.
+        StepFailed: the server fails or serves a different model, or the system prompt leaves no room in the context.
     """
     from finetune_assets.export.ollama.expected_answer import NUM_CTX, expected
 
-    wanted = recorded(facts, folder)
+    published = recorded(facts, folder)
     same_base = before.get("name") == facts["name"]
-    retired = {name: old for name, old in digests_of(before).items() if name not in wanted} if same_base else {}
+    retired = {name: old for name, old in digests_of(before).items() if name not in published} if same_base else {}
     host = ollama_server.configured_host()
     if ollama_server.answers(host) is not None:
         from finetune_assets.export.ollama.create import create
 
         progress(message("asking llama.cpp what to expect"))
-        replies = {name: expected(model) for name, model in wanted.items()}
-        made = create(host, list(wanted.values()), replies, retired=retired, progress=progress)
-        previous = {name: one.previous for name, one in made.items()}
-        digests = {name: one.digest for name, one in made.items()}
-        ways = {name: {"by": str(one.behaviour), "weights": one.behaviour.digest} for name, one in made.items()}
+        replies = {name: expected(model) for name, model in published.items()}
+        created = create(host, list(published.values()), replies, retired=retired, progress=progress)
+        previous = {name: one.previous for name, one in created.items()}
+        digests = {name: one.digest for name, one in created.items()}
+        ways = {name: {"by": str(one.behaviour), "weights": one.behaviour.digest} for name, one in created.items()}
         where, place = "server", host
     else:
-        model = next(iter(wanted.values()))
+        model = next(iter(published.values()))
         if len((model.system or "").encode()) + ROOM > model.parameters.get("num_ctx", NUM_CTX):
             expected(model)  # counts the tokens
         models.mkdir(parents=True, exist_ok=True)
         with ollama_store.lock(models):
-            previous = {name: ollama_store.read(models, name) for name in wanted}
-            written = ollama_store.write(models, list(wanted.values()))
+            previous = {name: ollama_store.read(models, name) for name in published}
+            written = ollama_store.write(models, list(published.values()))
             for name, old in retired.items():
                 if ollama_store.read(models, name) == old:
                     ollama_store.remove(models, name)
@@ -150,41 +149,41 @@ def serve(
 
 
 def place_of(facts: Mapping[str, Any], models: Path) -> str:
-    """Return the host or folder that models are served from now. An earlier release recorded the folder of its day.
+    """Return the host or folder that models are served from now. Earlier releases recorded a folder, now outdated.
 
     Args:
         facts: as `publish` returned them.
-        models: our own Ollama model store.
+        models: the project's own Ollama model store.
     """
     return str(models) if facts["where"] == "store" else str(facts["place"])
 
 
 def digests_of(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the digests on record, by name with its tag; an earlier release recorded that of the plain name alone."""
+    """Return the recorded digests, by name with its tag; earlier releases recorded only that of the plain name."""
     return facts.get("digests") or ({f"{facts['name']}:latest": facts["digest"]} if "digest" in facts else {})
 
 
 def served_digests(name: str, models: Path) -> set[str]:
-    """Return the digests that a name has now: on the server that answers, and in our own store.
+    """Return the digests that a name has now: on the server that answers, and in the project's own store.
 
     Raises:
-        StepFailed: something answers that is not an Ollama server.
-        OSError: the server answers no longer.
+        StepFailed: the host answers, but is not an Ollama server.
+        OSError: the server stopped answering.
     """
     host = ollama_server.configured_host()
     there = ollama_server.digest(host, name) if ollama_server.answers(host) is not None else None
-    return {found for found in (there, ollama_store.read(models, name)) if found is not None}
+    return {known for known in (there, ollama_store.read(models, name)) if known is not None}
 
 
 def unused_blobs(models: Path) -> list[Path]:
-    """Return files in our own store that belong to no model, to be removed with the store's lock held.
+    """Return the files of the project's own store that no model uses. Hold the store's lock to remove them.
 
     Raises:
-        StepFailed: a running server may be using the store; it may just be taking in a model.
-        OSError: the server answers no longer.
+        StepFailed: a running server may be using the store, and may be receiving a model.
+        OSError: the server stopped answering.
     """
     host = ollama_server.configured_host()
-    # a server over our store lists our models, and no others
+    # a server that uses this store lists exactly its models
     if ollama_server.answers(host) is not None and (
         set(ollama_server.digests(host).values()) <= ollama_store.digests(models)
     ):
@@ -193,11 +192,11 @@ def unused_blobs(models: Path) -> list[Path]:
 
 
 def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
-    """Return why models that `publish` put in place are not what would be served now, or None if they are.
+    """Return why the models that `publish` published are no longer what is served, or None if they are.
 
     Args:
         facts: what `publish` returned.
-        models: our own Ollama model store.
+        models: the project's own Ollama model store.
     """
     host = ollama_server.configured_host()
     try:
@@ -205,15 +204,15 @@ def serving_problem(facts: Mapping[str, Any], models: Path) -> str | None:
     except (FinetuneError, OSError) as error:
         return f"the Ollama server at {host} cannot be asked: {error}"
     place = f"the Ollama server at {host}" if served is not None else f"the Ollama store {models}"
-    for name, wanted in digests_of(facts).items():
-        found = served.get(ollama_server.listed(name)) if served is not None else ollama_store.read(models, name)
-        if found is None:
+    for name, expected in digests_of(facts).items():
+        present = served.get(ollama_server.listed(name)) if served is not None else ollama_store.read(models, name)
+        if present is None:
             return f"{place} has no model {_plain(name)}"
-        if found != wanted:
-            return f"{place} serves another {_plain(name)}: {found[:12]} instead of {wanted[:12]}"
+        if present != expected:
+            return f"{place} serves another {_plain(name)}: {present[:12]} instead of {expected[:12]}"
     return None
 
 
 def _plain(name: str) -> str:
-    """Return a name as people type it."""
+    """Return a name without its tag if that is latest, as users type it."""
     return name.removesuffix(":latest")

@@ -1,4 +1,4 @@
-"""Named checks that a model on a server, or in our own store, is what was made."""
+"""Named checks that a model on a server or in the project's own store is the published one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from finetune_assets.store.digests import digest_of_file
 if TYPE_CHECKING:
     from ollama import ChatResponse, Client, Message
 
-# Half the sum of differences between two engines' probabilities of the first token. Their kernels round differently:
-# see CLEAR in expected.
+# Limit of the total variation between two engines' distributions of the first token. Their kernels round differently:
+# see CLEAR in expected_answer.
 FURTHEST = 0.1
 THINKING_MARKS = re.compile(r"\s*</?think>\s*")
 
 
 @dataclass(frozen=True)
 class Check:
-    """`found` says what there is, or what there is instead."""
+    """The result of one check; `found` describes the actual state."""
 
     name: str
     ok: bool
@@ -39,10 +39,10 @@ class Check:
 
 
 def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None = None) -> list[Check]:
-    """Check a server's own account of a model (its /api/show): weights, template, system message, parameters.
+    """Check a server's description of a model (/api/show): weights, template, system message, parameters.
 
     Args:
-        weights: what was found of them; None: their digest has to be the file's.
+        weights: the result for the weights; None: compare only their digest with the file's.
     """
     parameters = _read_parameters(shown.get("parameters", ""))
     wanted = {key: value if isinstance(value, list) else [value] for key, value in model.parameters.items()}
@@ -51,14 +51,14 @@ def written(shown: Mapping[str, Any], model: OllamaModel, weights: Check | None 
         weights or _same("weights", ollama_weights.source_of(shown), model.sha256),
         _same("template", shown.get("template", ""), model.template),
         _same("system", shown.get("system", ""), model.system or ""),
-        # given none, a server may have ideas of its own
+        # without stop texts from the model, a server may choose its own
         _same("stops", sorted(stops) if wanted_stops else [], sorted(wanted_stops)),
         _same("parameters", parameters, {key: list(map(_number, values)) for key, values in wanted.items()}),
     ]
 
 
 def weights(host: str, version: str, name: str, shown: Mapping[str, Any], model: OllamaModel) -> Check:
-    """Check the weights on a server: the digest on record, or else the same content. OSError if the server is gone."""
+    """Check the weights on a server: the recorded digest, or equal content. OSError if the server is gone."""
     if ollama_weights.source_of(shown) == model.sha256:
         return Check("weights", True, "as on record")
     same, found = ollama_weights.compare_content(host, name, shown, model.gguf, model.sha256, version)
@@ -73,11 +73,11 @@ def answered(
     *,
     keep_alive: float | None = None,
 ) -> list[Check]:
-    """Check the prompt that a server reads, its answer, and whether it stops.
+    """Check the prompt that a server reads, its answer, and whether the answer stops.
 
     Args:
-        behaviour: how the server serves the model, as far as it is known.
-        keep_alive: seconds for which the model stays in the server's memory; None: as the server likes.
+        behaviour: how the server serves the model, if known.
+        keep_alive: seconds for which the model stays in the server's memory; None: the server's default.
     """
     options = {"temperature": 0, "repeat_penalty": 1.0, "num_predict": expected.tokens + SLACK}
     answer = client.chat(
@@ -93,14 +93,18 @@ def answered(
 
 def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | None = None) -> list[Check]:
     """Compare a server's answer, in greedy decoding, with llama.cpp's."""
-    said, wanted = _said(answer.message, expected.text)
+    answer_text, expected_text = _said(answer.message, expected.text)
     checks = [*_prompt(answer.prompt_eval_count, expected, behaviour), *_first_distribution(answer, expected)]
     if expected.tokens == 0:
         return [*checks, Check("first tokens", True, "not compared: llama.cpp itself hesitates at the first")]
-    # llama.cpp leaves out white space before a whole answer, and engines a space that belongs to the first word
-    same = said.strip() == wanted.strip() if expected.ends else said.lstrip(" ").startswith(wanted.lstrip(" "))
-    found = f"{expected.tokens} as llama.cpp's: " if same else f"{_short(said)} instead of "
-    checks.append(Check("first tokens", same, found + _short(wanted)))
+    # llama.cpp drops white space before a complete answer, and engines drop a space that belongs to the first word
+    same = (
+        answer_text.strip() == expected_text.strip()
+        if expected.ends
+        else answer_text.lstrip(" ").startswith(expected_text.lstrip(" "))
+    )
+    found = f"{expected.tokens} as llama.cpp's: " if same else f"{_short(answer_text)} instead of "
+    checks.append(Check("first tokens", same, found + _short(expected_text)))
     if not expected.ends:
         return [*checks, Check("stops by itself", True, "not compared: llama.cpp's own answer is longer")]
     stops = answer.done_reason == "stop"
@@ -108,7 +112,7 @@ def compare(answer: ChatResponse, expected: Expected, behaviour: Behaviour | Non
 
 
 def _said(message: Message, wanted: str) -> tuple[str, str]:
-    """Return what a server says and what it should say; one that tells thoughts apart leaves out their marks."""
+    """Return the server's text and the expected one; a server that separates thinking drops its marks."""
     content = message.content or ""
     if not message.thinking:
         return content, wanted
@@ -116,7 +120,7 @@ def _said(message: Message, wanted: str) -> tuple[str, str]:
 
 
 def _prompt(read: int | None, expected: Expected, behaviour: Behaviour | None) -> list[Check]:
-    """Compare the rendered prompt, if the server reports it, and its number of tokens."""
+    """Compare the rendered prompt, if the server reports it, and the number of its tokens."""
     rendered, wanted = behaviour.prompt if behaviour else None, expected.prompt_tokens
     texts = [] if rendered is None else [_same_text("prompt", rendered, expected.prompt)]
     if read == expected.prompt_tokens:
@@ -137,8 +141,8 @@ def _first_distribution(answer: ChatResponse, expected: Expected) -> list[Check]
     """Compare the distribution of the first token, if the server reports it."""
     if not answer.logprobs or not expected.first:
         return []
-    told = {entry.token: math.exp(entry.logprob) for entry in answer.logprobs[0].top_logprobs or []}
-    distance = sum(abs(told.get(text, 0.0) - likely) for text, likely in expected.first.items()) / 2
+    reported = {entry.token: math.exp(entry.logprob) for entry in answer.logprobs[0].top_logprobs or []}
+    distance = sum(abs(reported.get(text, 0.0) - likely) for text, likely in expected.first.items()) / 2
     found = f"total variation {distance:.3f} over {len(expected.first)} tokens (limit {FURTHEST})"
     return [Check("first distribution", distance <= FURTHEST, found)]
 
@@ -151,7 +155,7 @@ def _same_text(name: str, got: str, wanted: str) -> Check:
 
 
 def in_store(models: Path, model: OllamaModel, digest: str) -> list[Check]:
-    """Check a model in our own store: its manifest, and the content of every blob."""
+    """Check a model in the project's own store: its manifest, and the content of every blob."""
     place = ollama_store.manifest_path(models, model.name)
     try:
         manifest = place.read_bytes()
@@ -198,17 +202,17 @@ def _short(value: Any) -> str:
 
 
 def _read_parameters(text: str) -> dict[str, list[Any]]:
-    """Return the parameters that a server shows: on each line a name, spaces, and a value as Go writes it."""
-    found: dict[str, list[Any]] = {}
+    """Parse the parameters that a server shows: on each line a name, spaces, and a value in Go's notation."""
+    values: dict[str, list[Any]] = {}
     for line in text.splitlines():
         key, value = line.split(None, 1)
-        # Go's escapes in a quoted text are among Python's, and mean the same
-        found.setdefault(key, []).append(ast.literal_eval(value) if value.startswith('"') else _number(value))
-    return found
+        # Go's escapes in a quoted text are a subset of Python's
+        values.setdefault(key, []).append(ast.literal_eval(value) if value.startswith('"') else _number(value))
+    return values
 
 
 def _number(value: Any) -> Any:
-    """Return a number, whichever way it is written."""
+    """Return a value as a number if it is one, so that 1 and 1.0 compare equal."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The check that what is served now is what was made, for each name and where it was published."""
+"""The check that each served model is the published one, in the place where it was published."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from finetune_assets.store.artifact_store import ArtifactStore
 from finetune_assets.store.digests import DigestCache
 
 ASSET = "ollama_model"
-PATIENCE = 600.0  # seconds for an answer: a busy CPU server takes its time to load a model
+PATIENCE = 600.0  # seconds for an answer: a busy CPU server loads a model slowly
 
 
 def verify(recipe: str, project: Project, store: ArtifactStore, progress: Progress) -> dict[str, list[Check]]:
-    """Check what was published last: in our own store if it is there, and on the server if one answers.
+    """Check the last publication: in the project's own store if it is there, and on the server if one answers.
 
-    Of the artifacts and of our own store every byte is read again. A server is asked for its account of each model, and
-    a question, whose answer llama.cpp gives, too.
+    Reads every byte of the artifacts and of the store again. Compares the server's description of each model with the
+    record, and its answer to a question with llama.cpp's answer.
 
     Returns:
-        The checks of the record, and of each model by its name and place, in words.
+        The checks of the record, and of each model, by a text with its name and place.
 
     Raises:
-        StepFailed: nothing was put in place yet, the record is an earlier release's, or something answers that is no
-            Ollama server.
+        StepFailed: nothing was published yet, an earlier release wrote the record, or the host is not an Ollama
+            server.
     """
     artifact = store.current(recipe, ASSET)
     if artifact is None:
@@ -43,27 +43,27 @@ def verify(recipe: str, project: Project, store: ArtifactStore, progress: Progre
     checks = [_whole(ASSET, artifact.fingerprint, artifact)]
     for name, fingerprint in artifact.inputs.items():
         checks.append(_whole(name, fingerprint, store.get(recipe, name, fingerprint)))
-    found = {f"{recipe}: the record": checks}
-    wanted = recorded(facts, store.folder(recipe, "gguf_file") / artifact.inputs["gguf_file"])
+    results = {f"{recipe}: the record": checks}
+    published = recorded(facts, store.folder(recipe, "gguf_file") / artifact.inputs["gguf_file"])
     if facts["where"] == "store":
-        for name, model in wanted.items():
+        for name, model in published.items():
             progress(message(f"reading {name} in {models}"))
-            found[f"{name} in the store {models}"] = ollama_checks.in_store(models, model, digests_of(facts)[name])
+            results[f"{name} in the store {models}"] = ollama_checks.in_store(models, model, digests_of(facts)[name])
     host = ollama_server.configured_host()
     if (version := ollama_server.answers(host)) is not None:
-        there = ollama_server.digests(host)
-        for name, model in wanted.items():
-            progress(message(f"asking {name} on {host}"))
-            digest = there.get(ollama_server.listed(name))
+        listed = ollama_server.digests(host)
+        for name, model in published.items():
+            progress(message(f"checking {name} on {host}"))
+            digest = listed.get(ollama_server.listed(name))
             served = Check("digest", digest == digests_of(facts)[name], digest or "no such model")
             whole = all(check.ok for check in checks)
-            record = facts.get("served", {}).get(name, {})  # an earlier release kept none
+            record = facts.get("served", {}).get(name, {})  # earlier releases did not record it
             rest = _on_server(host, version, model, record, ask=whole) if digest else []
-            found[f"{name} on the server {host}"] = [served, *rest]
+            results[f"{name} on the server {host}"] = [served, *rest]
     elif facts["where"] == "server":
-        advice = f"none answers; it was put on {facts['place']}: start that one, or set OLLAMA_HOST to it"
-        found[f"{recipe} on the server {host}"] = [Check("server", False, advice)]
-    return found
+        advice = f"no server answers; the models are on {facts['place']}: start that server, or set OLLAMA_HOST to it"
+        results[f"{recipe} on the server {host}"] = [Check("server", False, advice)]
+    return results
 
 
 def _whole(name: str, fingerprint: str, artifact: Artifact | None) -> Check:
@@ -72,11 +72,11 @@ def _whole(name: str, fingerprint: str, artifact: Artifact | None) -> Check:
 
 
 def _on_server(host: str, version: str, model: OllamaModel, record: Mapping[str, Any], *, ask: bool) -> list[Check]:
-    """Run all checks that a model passes before it takes over.
+    """Run the checks that a model must pass before it replaces the served one.
 
     Args:
-        record: how it was served when it was put there.
-        ask: its file is whole, so that llama.cpp can be asked, too.
+        record: how it was served when it was published.
+        ask: compare answers, too, which needs an undamaged file for llama.cpp.
     """
     import httpx
     from ollama import Client, ResponseError
@@ -89,18 +89,18 @@ def _on_server(host: str, version: str, model: OllamaModel, record: Mapping[str,
         checks = ollama_checks.written(shown, model, _weights(host, version, shown, model, record))
         if ask:
             client, reply = Client(host=host, timeout=PATIENCE, trust_env=False), expected(model)
-            found = behaviour(host, version, model.name, model, reply)
-            checks = [Check("served by", True, str(found)), *checks]
-            checks += ollama_checks.answered(client, model.name, reply, found)
+            served = behaviour(host, version, model.name, model, reply)
+            checks = [Check("served by", True, str(served)), *checks]
+            checks += ollama_checks.answered(client, model.name, reply, served)
         return checks
     except (ResponseError, httpx.HTTPError, OSError) as error:
-        return [*checks, Check("answer", False, f"the server gives none: {error}")]
+        return [*checks, Check("answer", False, f"the server did not answer: {error}")]
 
 
 def _weights(host: str, version: str, shown: Mapping[str, Any], model: OllamaModel, record: Mapping[str, Any]) -> Check:
-    """Check the weights, and that a server's own copy is the one from when the model was published."""
+    """Check the weights, and that a server's own copy has not changed since publication."""
     check = ollama_checks.weights(host, version, model.name, shown, model)
-    digest, made = source_of(shown), record.get("weights")
-    if check.ok and made is not None and digest not in (made, model.sha256):
-        return Check("weights", False, f"the server made {made[:12]} of them, and holds {str(digest)[:12]} now")
+    digest, copied = source_of(shown), record.get("weights")
+    if check.ok and copied is not None and digest not in (copied, model.sha256):
+        return Check("weights", False, f"the server stored them as {copied[:12]}, and has {str(digest)[:12]} now")
     return check

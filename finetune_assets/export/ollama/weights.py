@@ -1,8 +1,8 @@
-"""The check that a server holds the weights that it received: the same file, or a `llama-quantize COPY` of it.
+"""The check that a server still has the published weights: the same file, or a `llama-quantize COPY` of it.
 
-Our files have the form that such a copy keeps (see `gguf.form`), so digests agree. A server with another copy stores a
-file of another digest, and then its content is compared: the bytes, where the server's folder can be read, else
-what its API tells of them.
+Published files have the form that such a copy keeps (see `gguf.form`), so digests agree. If a server's copy has a
+different digest, its content is compared: the bytes if the server's folder can be read, else what its API
+reports.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from finetune_assets.store.digests import digest_of_file
 
 BLOCK = 1 << 22  # bytes compared at a time
 SOURCE = re.compile(r"^FROM (.*sha256[-:]([0-9a-f]{64}))\s*$", re.MULTILINE)
-# metadata that a server leaves out of its account, or that it adds
+# metadata that a server omits from its report, or adds
 NOT_TOLD = ("general.name", "tokenizer.chat_template")
-STORES = ("~/.ollama/models", "/usr/share/ollama/.ollama/models")  # Ollama's own, of a user and of its service
+STORES = (
+    "~/.ollama/models",
+    "/usr/share/ollama/.ollama/models",
+)  # Ollama's default folders, of a user and of its service
 
 
 def source_of(shown: Mapping[str, Any]) -> str | None:
     """Return the digest (hex) of the weights that a server's /api/show names."""
-    found = SOURCE.search(shown.get("modelfile", ""))
-    return found[2] if found else None
+    source = SOURCE.search(shown.get("modelfile", ""))
+    return source[2] if source else None
 
 
 def compare_content(
     host: str, name: str, shown: Mapping[str, Any], gguf: Path, sha256: str, version: str
 ) -> tuple[bool, str]:
-    """Return whether weights of a different digest are a server's copy of the file `gguf`, and what was compared.
+    """Return whether weights with a different digest are a server's copy of `gguf`, and what was compared.
 
     Args:
-        shown: the server's account of the model.
-        version: the server's.
+        shown: the server's description of the model (/api/show).
+        version: the server's version.
     """
     digest = source_of(shown)
     if digest is None:
@@ -55,8 +58,8 @@ def compare_content(
         return why is None, f"{differs}; {f'not a copy: {why}' if why else same}"
     if not copies(version):
         return False, f"{differs}; its bytes cannot be read here, and Ollama {version} makes no copies"
-    told = ollama_server.show(host, name, verbose=True)
-    if (why := _untold(told, ours)) is not None:
+    report = ollama_server.show(host, name, verbose=True)
+    if (why := _reported_difference(report, ours)) is not None:
         return False, f"{differs}; not a copy: {why}"
     values = len([key for key in ours.raw if key not in NOT_TOLD])
     return True, (
@@ -66,27 +69,27 @@ def compare_content(
 
 
 def copies(version: str) -> bool:
-    """Return whether servers of this version copy weights when they create a model; an unknown version counts."""
-    found = release(version)
-    return found is None or found >= COPIES
+    """Return whether servers of this version copy weights when they create a model; true for unknown versions."""
+    number = release(version)
+    return number is None or number >= COPIES
 
 
 def readable_blob(host: str, shown: Mapping[str, Any]) -> Path | None:
-    """Return the file of the weights, if the server is on this machine and lets it be read."""
-    found = SOURCE.search(shown.get("modelfile", ""))
-    if found is None or not is_loopback(host):
+    """Return the file of the weights, if the server is on this machine and the file can be read."""
+    source = SOURCE.search(shown.get("modelfile", ""))
+    if source is None or not is_loopback(host):
         return None
     given = os.environ.get("OLLAMA_MODELS")
     stores = [Path(store).expanduser() for store in (*([given] if given else []), *STORES)]
-    places = [Path(found[1]), *(store / "blobs" / f"sha256-{found[2]}" for store in stores)]
+    places = [Path(source[1]), *(store / "blobs" / f"sha256-{source[2]}" for store in stores)]
     return next((place for place in places if place.is_absolute() and os.access(place, os.R_OK)), None)
 
 
 def difference(blob: Path, digest: str, gguf: Path) -> str | None:
-    """Return what of a server's file is not what `llama-quantize COPY` makes of ours; None if nothing is.
+    """Return the first difference between a server's file and a `llama-quantize COPY` of ours; None without one.
 
     Args:
-        digest: the blob's (hex), by which the server knows it.
+        digest: the blob's digest (hex), which names it on the server.
     """
     try:
         if digest_of_file(blob) != digest:
@@ -127,24 +130,24 @@ def _table_difference(theirs: tuple[Tensor, ...], ours: tuple[Tensor, ...]) -> s
     return f"there is a tensor {next(iter(held), 'table of another order')} too many"
 
 
-def _untold(told: Mapping[str, Any], ours: Head) -> str | None:
-    """Return what in a server's account of the file differs from ours; None if nothing does."""
-    tensors = {entry["name"]: (entry["type"], short(tuple(entry["shape"]))) for entry in told.get("tensors") or []}
+def _reported_difference(report: Mapping[str, Any], ours: Head) -> str | None:
+    """Return the first difference between a server's report of the file and ours; None without one."""
+    tensors = {entry["name"]: (entry["type"], short(tuple(entry["shape"]))) for entry in report.get("tensors") or []}
     wanted = {tensor.name: (TYPE_NAMES[tensor.type_number], tensor.shape) for tensor in ours.tensors}
     for name in [*wanted, *tensors]:
         if tensors.get(name) != wanted.get(name):
             return f"tensor {name} is {tensors.get(name, 'not there')} instead of {wanted.get(name, 'not there')}"
-    info = told.get("model_info") or {}
+    info = report.get("model_info") or {}
     for key in ours.raw:
         if key not in NOT_TOLD and (key not in info or not _equal(info[key], ours.get(key))):
             return f"the metadata value {key} differs"
     return None
 
 
-def _equal(told: Any, ours: Any) -> bool:
-    """Return whether a JSON value equals one of the file, in which fractions have 32 bits."""
+def _equal(reported: Any, ours: Any) -> bool:
+    """Return whether a JSON value equals one of the file, where fractions are float32."""
     if isinstance(ours, list):
-        return isinstance(told, list) and len(told) == len(ours) and all(map(_equal, told, ours))
-    if isinstance(ours, float) and isinstance(told, (int, float)):
-        return math.isclose(told, ours, rel_tol=1e-6) or (math.isnan(ours) and math.isnan(told))
-    return told == ours
+        return isinstance(reported, list) and len(reported) == len(ours) and all(map(_equal, reported, ours))
+    if isinstance(ours, float) and isinstance(reported, (int, float)):
+        return math.isclose(reported, ours, rel_tol=1e-6) or (math.isnan(ours) and math.isnan(reported))
+    return reported == ours

@@ -396,7 +396,7 @@ def test_another_copy_than_the_one_on_record(mini: MiniProject, anew: tuple[str,
     store_of(mini).amend(made, facts)
     found = failed(look(mini))
     if words == COPY:
-        assert found["weights"].startswith("the server made ffffffffffff of them, and holds ")
+        assert found["weights"].startswith("the server stored them as ffffffffffff, and has ")
     else:
         assert not found, "the file itself is always good"
     # an earlier release kept no such record

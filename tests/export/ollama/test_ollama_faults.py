@@ -105,9 +105,9 @@ def proxy(host: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     [
         (
             Fault("POST /api/blobs", answer=("500 Internal Server Error", '{"error": "no luck today"}')),
-            "did not take tiny-f32.gguf: 500: no luck today",
+            "refused tiny-f32.gguf: HTTP 500: no luck today",
         ),
-        (Fault("POST /api/blobs", answer=("502 Bad Gateway", "<html>")), "did not take tiny-f32.gguf: 502"),
+        (Fault("POST /api/blobs", answer=("502 Bad Gateway", "<html>")), "refused tiny-f32.gguf: HTTP 502"),
         (
             Fault("POST /api/create", answer=("500 Internal Server Error", '{"error": "no luck"}')),
             "refused tiny: no lu",
@@ -189,7 +189,7 @@ def test_a_server_whose_disk_fills_up(case: Case, tmp_path: Path):
     models.mkdir()
     with small_disk(models, "24m"), serving(models) as host:
         before = case.put(host, case.old)
-        case.fails(host, host, "did not take tiny-f32.gguf: 500: .*no space left on device")
+        case.fails(host, host, "refused tiny-f32.gguf: HTTP 500: .*no space left on device")
         # at the last byte of the weights, and at each of the small files after them
         subprocess.run(["mount", "-o", "remount,size=64m", str(models)], check=True)
         filler, failures, new = models / "filler", [], case.new
@@ -225,7 +225,7 @@ def test_an_address_that_is_not_ollamas(mini: MiniProject, elsewhere: str, monke
     mini.edit(ollama={"system": "Be brief."})
     with pytest.raises(StepFailed) as caught:
         make_chain(mini)
-    assert caught.value.message == f"{elsewhere} is no Ollama server: it answers 404 to /api/version"
+    assert caught.value.message == f"{elsewhere} is not an Ollama server: /api/version returned HTTP 404"
     assert caught.value.hint == "set OLLAMA_HOST to the server's address, or unset it"
     mini.edit(ollama={"system": None})
     assert plan_of(mini)["ollama_model"].reasons[0].startswith(f"the Ollama server at {elsewhere} cannot be asked")

@@ -226,7 +226,7 @@ def test_real_server_failure_leaves_the_old_models_in_place(files: Files, host: 
     broken.write_bytes(b"no model")
     with pytest.raises(StepFailed, match="refused kept"):
         put(host, changed[0], replace(second, gguf=broken, sha256=digest_of_file(broken)), replies=replies)
-    with pytest.raises(StepFailed, match=r"did not take broken.gguf: 400: digest mismatch"):
+    with pytest.raises(StepFailed, match=r"refused broken.gguf: HTTP 400: digest mismatch"):
         put(host, replace(good, gguf=broken, sha256="0" * 64), replies=replies)
     assert {name: digest(host, name) for name in before} == {name: made.digest for name, made in before.items()}
     assert {show(host, name)["system"] for name in before} == {"one"}

@@ -61,7 +61,7 @@ def test_the_one_before_with_the_very_bytes(mini: MiniProject, three: list[Artif
         current = store_of(mini).current("mini", "ollama_model")
         metrics = {**expected.metrics, "previous": {"mini:latest": before}}
         assert current is not None and current.manifest == {**expected.manifest, "metrics": metrics}
-    with pytest.raises(StepFailed, match=f"no model of mini was made before {three[0].fingerprint}\nsay --to; made"):
+    with pytest.raises(StepFailed, match=f"mini has no model older than {three[0].fingerprint}\nset --to; published"):
         back(mini)
     assert served(mini) == three[0].metrics["digest"]
 
@@ -120,7 +120,7 @@ def test_what_its_weights_came_from_is_gone_or_damaged(mini: MiniProject, three:
 def test_facts_that_an_earlier_release_did_not_record(mini: MiniProject, three: list[Artifact]):
     old = {key: value for key, value in three[1].metrics.items() if key != "template"}
     store_of(mini).amend(three[1], old)
-    with pytest.raises(StepFailed, match="made by an earlier release, which did not record its template"):
+    with pytest.raises(StepFailed, match="published by an earlier release, which did not record its template"):
         back(mini)
 
 
@@ -131,7 +131,7 @@ def test_what_is_served_has_to_be_it(mini: MiniProject, three: list[Artifact], m
         return {**put(*arguments, **named), "digests": {"mini:latest": "0" * 64}}
 
     monkeypatch.setattr("finetune_assets.export.ollama.rollback.serve", serve)
-    with pytest.raises(StepFailed, match=r"was put in place, but .* serves another mini"):
+    with pytest.raises(StepFailed, match=r"was published, but .* serves another mini"):
         back(mini)
     current = store_of(mini).current("mini", "ollama_model")
     assert current is not None and current.fingerprint == three[2].fingerprint

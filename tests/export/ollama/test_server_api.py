@@ -55,7 +55,7 @@ def test_is_a_server_there() -> None:
         assert digest(host, "x") is None
     assert answers(host) is None
     for other in ({}, {"/api/version": b"<html>"}, {"/api/version": ["x"]}):
-        with stand_in(other) as host, pytest.raises(StepFailed, match="no Ollama server"):
+        with stand_in(other) as host, pytest.raises(StepFailed, match="not an Ollama server"):
             answers(host)
 
 
@@ -71,7 +71,7 @@ def test_a_server_that_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ollama_server, "BUSY", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(StepFailed, match=r"takes connections, but did not answer within 1 seconds\nwait until"):
+        with pytest.raises(StepFailed, match=r"accepts connections, but did not answer within 1 seconds\nwait until"):
             answers(host, 0.5)
 
 
@@ -88,7 +88,7 @@ def test_what_speaks_another_language_is_no_server() -> None:
         thread.start()
         host = f"http://127.0.0.1:{server.getsockname()[1]}"
         for _ in range(2):
-            with pytest.raises(StepFailed, match="no Ollama server: its answer to /api/version cannot be read"):
+            with pytest.raises(StepFailed, match="not an Ollama server: its answer to /api/version cannot be read"):
                 answers(host)
         thread.join()
     with stand_in({"/api/version": {"version": "1"}}) as host, pytest.raises(StepFailed, match="no secure connection"):
@@ -101,7 +101,7 @@ def test_a_failing_server_is_explained(tmp_path: Path) -> None:
     tags = {"/api/tags": {"models": None}}
     with (
         stand_in(tags) as host,
-        pytest.raises(StepFailed, match=r"did not take x.gguf: 404: Not Found\nwhat it served"),
+        pytest.raises(StepFailed, match=r"refused x.gguf: HTTP 404: Not Found\nwhat it served"),
     ):
         put(host, model, replies={"demo:latest": NOTHING})
     blob = {f"/api/blobs/sha256:{'0' * 64}": {}}
@@ -114,7 +114,7 @@ def test_a_failing_server_is_explained(tmp_path: Path) -> None:
 def test_no_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OLLAMA_BIN", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StepFailed, match="no Ollama here"), serving(tmp_path):
+    with pytest.raises(StepFailed, match="Ollama is not installed"), serving(tmp_path):
         pass
     broken = tmp_path / "ollama"
     broken.write_text("#!/bin/sh\necho port is taken; exit 3\n")

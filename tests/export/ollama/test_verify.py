@@ -100,7 +100,7 @@ def test_nothing_to_verify(mini: MiniProject):
 def test_a_record_of_an_earlier_release(mini: MiniProject, made: Artifact):
     kept = ("name", "digest", "where", "place", "template", "system", "parameters")
     store_of(mini).amend(made, {key: made.metrics[key] for key in kept})
-    with pytest.raises(StepFailed, match="made by an earlier release, which did not record its models"):
+    with pytest.raises(StepFailed, match="published by an earlier release, which did not record its models"):
         look(mini)
     assert plan_of(mini)["ollama_model"].state == "fresh", "the plain name is on record"
 
@@ -199,7 +199,7 @@ def test_on_a_real_server(mini: MiniProject, real: str, monkeypatch: pytest.Monk
     assert digests(real) == first.metrics["digests"] and all_good(look(mini))
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     assert failed(look(mini)) == {
-        "server": f"none answers; it was put on {real}: start that one, or set OLLAMA_HOST to it"
+        "server": f"no server answers; the models are on {real}: start that server, or set OLLAMA_HOST to it"
     }
 
 

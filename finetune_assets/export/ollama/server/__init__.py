@@ -1,1 +1,1 @@
-"""Calls to an Ollama server, and a temporary server of the project. Nothing is decided here. Front door: `api`."""
+"""Calls to an Ollama server, and a temporary server for the project, without any decisions. Front door: `api`."""

@@ -1,4 +1,4 @@
-"""Quick requests to an Ollama server: whether one answers, and what it serves. Standard library only."""
+"""Short requests to an Ollama server: whether it answers, and what it serves. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any
 from finetune_assets.reporting.errors import StepFailed
 
 ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]+(/[^\s?#]*)?")
-BUSY = 10.0  # seconds for a simple answer of a server that is there
+BUSY = 10.0  # seconds for a simple answer of a server that accepts connections
 
 
 def configured_host() -> str:
-    """Return the server that OLLAMA_HOST names, as http://host:port; the usual one if it is not set."""
+    """Return the server that OLLAMA_HOST names, as http://host:port; Ollama's default if it is not set."""
     return parse_host(os.environ.get("OLLAMA_HOST", ""))
 
 
 def parse_host(text: str) -> str:
-    """Return the URL of an OLLAMA_HOST value ("host", ":port", "0.0.0.0:11434", "https://..."), read as Ollama does."""
-    scheme, found, rest = text.strip().strip("\"'").partition("://")
-    if not found:
+    """Return the URL of an OLLAMA_HOST value ("host", ":port", "0.0.0.0:11434", "https://..."), parsed as in Ollama."""
+    scheme, separator, rest = text.strip().strip("\"'").partition("://")
+    if not separator:
         scheme, rest = "http", scheme
-    # A password or key, which no server of Ollama's asks for in its address, is to be shown nowhere.
+    # Ollama does not use passwords or keys in addresses; if there is one, it must not be shown.
     rest = re.sub("[?#].*", "?***", re.sub(".*@", "***@", rest))
-    port = {"http": "80", "https": "443"}.get(scheme, "11434") if found else "11434"
+    port = {"http": "80", "https": "443"}.get(scheme, "11434") if separator else "11434"
     place, _, path = rest.partition("/")
     if with_port := re.fullmatch(r"(\[[^]]*\]|[^:]*):(\w*)", place):
         host = with_port[1].strip("[]") or "127.0.0.1"
@@ -40,7 +40,7 @@ def parse_host(text: str) -> str:
         host = place.strip("[]") or "127.0.0.1"
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host)
-        if address.is_unspecified:  # a server listens everywhere; a client has to go somewhere
+        if address.is_unspecified:  # a server may listen on all addresses; a client needs one
             host = "127.0.0.1" if address.version == 4 else "::1"
         host = f"[{host}]" if ":" in host else host
     return f"{scheme}://{host}:{port}{'/' + path.strip('/') if path.strip('/') else ''}"
@@ -50,39 +50,41 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
     """Return the version of the Ollama server at `host`, or None if nothing answers there.
 
     Args:
-        seconds: to wait for a connection. A server that is there but busy gets `BUSY` more to answer.
+        seconds: to wait for a connection. A server that connects but is busy gets `BUSY` more to answer.
 
     Raises:
-        StepFailed: something is there that is not an Ollama server, or one that does not answer.
+        StepFailed: the host is not an Ollama server, or it accepts connections and does not answer.
     """
     if not ADDRESS.fullmatch(host):
         raise StepFailed(
-            f"{host} is no Ollama server: not an address",
+            f"{host} is not an Ollama server: not an address",
             "write OLLAMA_HOST like 127.0.0.1:11434, without user name, password or key, or unset it",
         )
     try:
         try:
             return str(_get(host, "/api/version", seconds)["version"])
-        except TimeoutError:  # there is a connection, or it would be a URLError
+        except TimeoutError:  # the connection exists: a failed one raises URLError
             return str(_get(host, "/api/version", BUSY)["version"])
     except TimeoutError as error:
         raise StepFailed(
-            f"{host} takes connections, but did not answer within {seconds + BUSY:.0f} seconds",
-            "wait until it has time again, or set OLLAMA_HOST to another server",
+            f"{host} accepts connections, but did not answer within {seconds + BUSY:.0f} seconds",
+            "wait until it is less busy, or set OLLAMA_HOST to another server",
         ) from error
     except urllib.error.HTTPError as error:
-        reason = f"it answers {error.code} to /api/version"
-    except urllib.error.URLError as error:  # refused, no such host, nothing there
+        reason = f"/api/version returned HTTP {error.code}"
+    except urllib.error.URLError as error:  # refused, unknown host, no route
         if not isinstance(error.reason, ssl.SSLError):
             return None
         reason = f"no secure connection ({error.reason.reason})"
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         reason = f"its answer to /api/version cannot be read ({type(error).__name__})"
-    raise StepFailed(f"{host} is no Ollama server: {reason}", "set OLLAMA_HOST to the server's address, or unset it")
+    raise StepFailed(
+        f"{host} is not an Ollama server: {reason}", "set OLLAMA_HOST to the server's address, or unset it"
+    )
 
 
 def digest(host: str, name: str) -> str | None:
-    """Return the manifest digest of a model on the server, or None where it has none of that name."""
+    """Return the manifest digest of a model on the server, or None if it does not have the model."""
     return digests(host).get(listed(name))
 
 
@@ -90,31 +92,31 @@ def digests(host: str) -> dict[str, str]:
     """Return the manifest digests of all models on the server, by name and tag as `listed` writes them.
 
     Raises:
-        OSError: it gives no answer that can be read.
+        OSError: the server does not answer, or its answer cannot be read.
     """
     return {listed(model["name"]): model["digest"] for model in ask(host, "/api/tags", 10.0).get("models") or []}
 
 
 def listed(name: str) -> str:
-    """Return one name for all that a server takes for the same model.
+    """Return the common form of all names that a server treats as the same model.
 
-    A server ignores case: where it has a model of the tag Q8_0, it lists each q8_0 that is made later as Q8_0, too.
+    A server ignores case: if it has a model with the tag Q8_0, it also lists a later q8_0 as Q8_0.
     """
     plain = name.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
     return plain if ":" in plain else f"{plain}:latest"
 
 
 def show(host: str, name: str, *, verbose: bool = False) -> dict[str, Any]:
-    """Return what the server tells about a model: template, system, parameters, modelfile and more. OSError as above.
+    """Return the server's description of a model: template, system, parameters, modelfile and more. OSError as above.
 
     Args:
-        verbose: with all of the GGUF file's metadata, the tokenizer's words included.
+        verbose: include all GGUF metadata, even the tokenizer's vocabulary.
     """
     return ask(host, "/api/show", 60.0, {"model": name, **({"verbose": True} if verbose else {})})
 
 
 def ask(host: str, path: str, seconds: float, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return a server's answer; OSError where it gives none, or none that can be read."""
+    """Return a server's answer. Raises OSError if there is none, or if it cannot be read."""
     try:
         return _get(host, path, seconds, body)
     except (http.client.HTTPException, ValueError) as error:
@@ -128,5 +130,5 @@ def _get(host: str, path: str, seconds: float, body: dict[str, Any] | None = Non
         return json.load(answer)
 
 
-# Servers are near: no proxy of the environment stands between.
+# Proxies of the environment are ignored: Ollama servers are local or in the same network.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))

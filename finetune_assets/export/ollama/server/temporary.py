@@ -1,4 +1,4 @@
-"""A throw-away Ollama server on a free loopback port, for tests and for `finetune chat` where none is running."""
+"""A temporary Ollama server on a free loopback port, for tests, and for `finetune chat` if no server is running."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from finetune_assets.export.ollama.server.api import answers
 from finetune_assets.machine import child_environment
 from finetune_assets.reporting.errors import StepFailed
 
-GRACE = 10.0  # seconds between asking a server to stop and killing it
+GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 
 
 def find_binary() -> Path | None:
     """Return the Ollama binary: OLLAMA_BIN, else `ollama` on the PATH."""
-    found = shutil.which(Path(os.environ.get("OLLAMA_BIN") or "ollama").expanduser())
-    return Path(found) if found else None
+    binary = shutil.which(Path(os.environ.get("OLLAMA_BIN") or "ollama").expanduser())
+    return Path(binary) if binary else None
 
 
 @contextmanager
 def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> Iterator[str]:
-    """Run a server over the model store `models`; yields its address, http://127.0.0.1:PORT.
+    """Run a server on the model store `models`, and yield its address, http://127.0.0.1:PORT.
 
-    It has a home folder of its own, keeps what it finds in the store, and ends, with whatever it started, at the end.
+    It has its own home folder and deletes nothing from the store. At the end it stops, with all its processes.
 
     Raises:
-        StepFailed: there is no Ollama here, or the server does not answer within `wait` seconds.
+        StepFailed: Ollama is not installed, or the server does not answer within `wait` seconds.
     """
     binary = binary or find_binary()
     if binary is None:
-        raise StepFailed("there is no Ollama here", "install it (https://ollama.com) or set OLLAMA_BIN to its binary")
+        raise StepFailed("Ollama is not installed", "install it (https://ollama.com) or set OLLAMA_BIN to its binary")
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ollama-home-", ignore_cleanup_errors=True) as home:
         address = f"127.0.0.1:{free_port()}"
         ours = {
             "OLLAMA_HOST": address,
             "OLLAMA_MODELS": str(models.resolve()),
-            "OLLAMA_NOPRUNE": "1",  # a blob without a manifest may belong to a model that is being written
+            "OLLAMA_NOPRUNE": "1",  # a blob without a manifest may belong to an unfinished model
             "OLLAMA_NUM_PARALLEL": "1",
             "HOME": home,
         }
@@ -56,7 +56,7 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=child_environment.for_ollama() | ours,
-                start_new_session=True,  # its runners are in its process group, and none of ours is
+                start_new_session=True,  # a group of its own: its runners end with it, and this process does not
             )
         try:
             _wait(server, f"http://{address}", log, wait)
@@ -66,7 +66,7 @@ def serving(models: Path, *, binary: Path | None = None, wait: float = 60.0) -> 
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
+    """Return a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -80,7 +80,7 @@ def _wait(server: subprocess.Popen[bytes], host: str, log: Path, seconds: float)
         time.sleep(0.1)
     tail = " / ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
     what = "does not answer" if server.poll() is None else f"ended with exit code {server.returncode}"
-    raise StepFailed(f"the Ollama server {what}: {tail or 'no output'}", "try `ollama serve` by hand")
+    raise StepFailed(f"the Ollama server {what}: {tail or 'no output'}", "run `ollama serve` yourself to see why")
 
 
 def _stop(server: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,8 @@
-"""Weights sent to an Ollama server, unless it has them.
+"""Upload of weights to an Ollama server that does not have them yet.
 
-The server stores a file by its sha256 and refuses one that does not have it. It writes to a file of its own until the
-last byte has come, so that a broken-off upload leaves nothing; nor can it be resumed: /api/blobs knows HEAD (is it
-there?) and POST (all of it). It is sent again from the start.
+The server stores a file by its sha256 and refuses one with a different digest. It writes to a temporary file until
+the last byte arrives, so an interrupted upload leaves nothing. An upload cannot be resumed, because /api/blobs supports
+only HEAD (does it exist?) and POST (the complete file), so it restarts from the beginning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the next attempt
-PATIENCE = 600.0  # seconds without a sign of life; a slow disk takes its time over a large file's last byte
+PATIENCE = 600.0  # seconds without any data; a slow disk delays the answer to a large file's last byte
 EVERY = 0.5  # seconds between two reports
 
 
@@ -31,11 +31,11 @@ def send(host: str, file: Path, sha256: str, progress: Progress) -> None:
     """Make sure that the server has the file.
 
     Args:
-        sha256: of the file (hex), as on record; the server checks it.
+        sha256: the file's recorded digest (hex), which the server checks.
 
     Raises:
         StepFailed: the server refuses the file.
-        httpx.HTTPError: the connection was lost, in each of several attempts or for good.
+        httpx.HTTPError: the connection was lost in every attempt, or the server is gone.
     """
     import httpx
 
@@ -46,7 +46,7 @@ def send(host: str, file: Path, sha256: str, progress: Progress) -> None:
             except httpx.TransportError as error:
                 if attempt == ATTEMPTS or not _is_there(host):
                     raise
-                progress(message(f"the connection broke off ({error}): sending again"))
+                progress(message(f"the connection was lost ({error}): sending again"))
                 time.sleep(PAUSE)
 
 
@@ -59,15 +59,15 @@ def _send(client: httpx.Client, host: str, file: Path, sha256: str, progress: Pr
     progress(message(f"sending {file.name}, {size / 1e6:.1f} MB"))
     answer = client.post(place, content=_reported(file, size, progress), headers={"Content-Length": str(size)})
     if answer.is_error:
-        said = ResponseError(answer.text or answer.reason_phrase).error
+        reason = ResponseError(answer.text or answer.reason_phrase).error
         raise StepFailed(
-            f"the Ollama server at {host} did not take {file.name}: {answer.status_code}: {said[:200]}",
-            "what it served before is unchanged; see that it has room on its disk, and run again",
+            f"the Ollama server at {host} refused {file.name}: HTTP {answer.status_code}: {reason[:200]}",
+            "what it served before is unchanged; check its free disk space, then run again",
         )
 
 
 def _reported(file: Path, size: int, progress: Progress) -> Iterator[bytes]:
-    """Yield the bytes of a file, and a report now and then of the megabytes sent."""
+    """Yield the bytes of a file, and report the megabytes sent at intervals."""
     total = max(1, round(size / 1e6))
     began = last = time.monotonic()
     done = 0
