@@ -68,7 +68,7 @@ def answers(host: str, seconds: float = 1.0) -> str | None:
     except TimeoutError as error:
         raise StepFailed(
             f"{host} accepts connections, but did not answer within {seconds + BUSY:.0f} seconds",
-            "wait until it is less busy, or set OLLAMA_HOST to another server",
+            "wait until it is less busy, or set OLLAMA_HOST to a different server",
         ) from error
     except urllib.error.HTTPError as error:
         reason = f"/api/version returned HTTP {error.code}"
