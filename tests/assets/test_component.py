@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +18,7 @@ import dagster as dg
 import pytest
 import yaml
 
+from finetune_assets.export.parity.checks.structure import EXACT
 from finetune_assets.lineage.graph import NODES
 from resources.gpu import GpuResource
 from tests.conftest import REPOSITORY, rows, shared_cache
@@ -224,7 +226,9 @@ def test_the_whole_chain_runs_in_the_project_that_mounts_it(
     definitions = shop.load(monkeypatch)
     with dg.instance_for_test(temp_dir=str(shop.home)) as instance:
         job = definitions.resolve_job_def("ml_chat_bot_job")
-        assert job.execute_in_process(instance=instance).success
+        result = job.execute_in_process(instance=instance)
+        assert result.success
+        _every_proof_is_a_check(result.get_asset_check_evaluations())
         for name in NODES:
             event = instance.get_latest_materialization_event(dg.AssetKey(["ml", "chat", "bot", name]))
             assert event and event.asset_materialization
@@ -233,6 +237,35 @@ def test_the_whole_chain_runs_in_the_project_that_mounts_it(
         with dg.build_sensor_context(instance=instance) as context:
             result = sensor(context)
         assert isinstance(result, dg.SensorResult) and "everything is up to date" in str(result.skip_reason)
+
+
+def _every_proof_is_a_check(evaluations: Sequence[dg.AssetCheckEvaluation]) -> None:
+    found = {(check.asset_key.path[-1], check.check_name): check for check in evaluations}
+    expected = {
+        "dataset_info": {"splits_share_no_row"},
+        "merged_model": {"logits", "weights"},
+        "gguf_file": {
+            *(name.replace(" ", "_") for name in EXACT),
+            *("kl_f16", "kl_q8_0", "keeps_training_f16", "keeps_training_q8_0"),
+        },
+        "ollama_model": {
+            *("digest", "weights", "template", "system", "stops", "parameters"),
+            *("prompt_tokens", "first_tokens", "stops_by_itself"),
+        },
+    }
+    assert set(found) == {(asset, name) for asset, names in expected.items() for name in names}
+    assert found["dataset_info", "splits_share_no_row"].metadata["test rows"].value == 2
+    for check, figure in (
+        (found["merged_model", "logits"], "relative distance"),
+        (found["gguf_file", "kl_q8_0"], "mean KL (nats per token)"),
+    ):
+        measured, limit = (float(str(check.metadata[name].value)) for name in (figure, "limit"))
+        assert 0 < measured <= limit, check.check_name
+    failed = {name for (_, name), check in found.items() if not check.passed}
+    assert failed - {"keeps_training_f16", "keeps_training_q8_0"} == {
+        *("prompt_tokens", "first_tokens", "stops_by_itself")  # no server answers in the tests
+    }
+    assert {found[key].severity for key in found if not found[key].passed} == {dg.AssetCheckSeverity.WARN}
 
 
 def test_the_component_is_registered_for_dg():

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from finetune_assets.export.ollama.server.temporary import find_binary, serving
@@ -142,6 +143,10 @@ def test_a_gguf_file_too_far_from_the_merged_model_is_not_published(chain: Chain
     assert "q8_0 is too coarse for this model (mini-q8_0.gguf)" in done.stderr
     assert "check kl: mean KL divergence" in done.stderr and "allowed: 1e-12" in done.stderr
     assert sorted(folder.parent.iterdir()) == published
+    with dg.DagsterInstance.from_config(str(chain.project.home)) as instance:
+        check = dg.AssetCheckKey(dg.AssetKey(["mini", "gguf_file"]), "kl_q8_0")
+        records = instance.event_log_storage.get_asset_check_execution_history(check, limit=2)
+    assert [record.status.value for record in records] == ["FAILED", "SUCCEEDED"]
     chain.project.edit(gguf={"max_kl": None})
     assert set(chain.states().values()) == {"fresh"}
 

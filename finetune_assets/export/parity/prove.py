@@ -112,7 +112,7 @@ def prove(
             failures = [*failures, *judge(kind, figures, max_kl)]
             proven[kind] = figures
         if failures:
-            errors.append(_failed(kind, file, figures, failures))
+            errors.append(refusal(kind, file, figures, failures))
     if errors:  # all at once: making the files again to find the next one takes long
         hints = dict.fromkeys(error.hint for error in errors if error.hint)
         raise StepFailed("\n".join(error.message for error in errors), "\n".join(hints))
@@ -251,7 +251,8 @@ def _logprob(token: int, theirs: Distribution, vocabulary: int) -> float:
     return math.log(max(theirs.rest, TAIL) / max(1, vocabulary - len(theirs.ids)))
 
 
-def _failed(kind: str, file: Path, figures: Figures | None, failures: Sequence[Failure]) -> StepFailed:
+def refusal(kind: str, file: Path, figures: Figures | None, failures: Sequence[Failure]) -> StepFailed:
+    """Return the error of a file that failed checks: it names each check, and says what to do."""
     listing = "\n".join(f"  check {failure}" for failure in failures)
     if figures is None or kind in UNQUANTISED or any(failure.check != "kl" for failure in failures):
         hint = "nothing was published; make it again, or set LLAMA_CPP_DIR to another llama.cpp to convert with"
