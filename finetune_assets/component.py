@@ -11,8 +11,7 @@ import dagster as dg
 from finetune_assets.assets.automation.chain import recipe_definitions
 from finetune_assets.assets.automation.sensors import observe_one_sensor
 from finetune_assets.assets.automation.sources import dataset_nodes
-from finetune_assets.assets.keys import stem
-from finetune_assets.assets.mount import Mount
+from finetune_assets.assets.keys import Mount, stem
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe, recipe_of, refuse_rivals, renamed
 from finetune_assets.recipe.project import Project, state_folder

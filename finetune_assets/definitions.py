@@ -5,6 +5,7 @@ A broken recipe does not affect the others: its group holds one asset that fails
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import dagster as dg
 
 from finetune_assets.assets.automation.chain import bound, broken_recipe, recipe_definitions, shared_definitions
-from finetune_assets.assets.keys import word_of
+from finetune_assets.assets.keys import Mount, word_of
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name, refuse_rivals
 from finetune_assets.recipe.project import Project
@@ -30,17 +31,28 @@ def load_definitions(project: Project) -> dg.Definitions:
             _refuse_namesakes(path, files)
             recipes[path] = load_recipe(path)
     chains = []
+    mount = Mount(owners=_owners(project))
     for path, recipe in recipes.items():
         with _kept(path, broken):
             refuse_rivals(recipe, recipes.values())
-            chains.append(recipe_definitions(recipe, project))
+            chains.append(recipe_definitions(recipe, project, mount))
     words = {word_of(recipe_name(path)) for path in files if path not in broken}
     for path, error in broken.items():
         name = recipe_name(path)
         word = word_of(name) if word_of(name) not in words else word_of(f"{name} {path.name} {len(words)}")
         words.add(word)
         chains.append(broken_recipe(name, word, error))
-    return bound(*chains, shared_definitions([recipes[path] for path in recipes if path not in broken], project))
+    return bound(*chains, shared_definitions([recipes[path] for path in recipes if path not in broken], project, mount))
+
+
+def _owners(project: Project) -> tuple[str, ...]:
+    """Return the owners of every asset: `owners` under [tool.finetune-assets] in the project's pyproject.toml."""
+    path = project.root / "pyproject.toml"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("finetune-assets", {})
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {error}") from None
+    return tuple(table.get("owners", ()))
 
 
 @contextmanager

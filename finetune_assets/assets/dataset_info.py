@@ -29,14 +29,24 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
         "rows": table([{"data set": name, **counts} for name, counts in facts["by_dataset"].items()]),
         **{f"{name} rows": dg.MetadataValue.int(facts["rows"][name]) for name in SPLITS},
         "duplicates dropped": dg.MetadataValue.int(facts["duplicates_dropped"]),
-        "samples": dg.MetadataValue.md("\n\n---\n\n".join(_conversation(sample) for sample in facts["samples"])),
+        "dagster/row_count": dg.MetadataValue.int(sum(facts["rows"].values())),
+        "samples": table(
+            [
+                {"sample": number, **message}
+                for number, messages in enumerate(facts["samples"], 1)
+                for message in messages
+            ]
+        ),
     }
 
 
-def _conversation(messages: list[dict[str, str]]) -> str:
-    return "\n\n".join(f"**{message['role']}** {message['content']}" for message in messages)
-
-
+COLUMNS = dg.TableSchema(
+    [
+        dg.TableColumn("id", "string", "digest of the messages"),
+        dg.TableColumn("dataset", "string", "the data set that the row comes from"),
+        dg.TableColumn("messages", "list[{role, content}]", "the conversation; it ends with the answer to learn"),
+    ]
+)
 DATASET_INFO = StepAsset(
     name="dataset_info",
     description=(
@@ -47,4 +57,5 @@ DATASET_INFO = StepAsset(
     kinds={"json"},
     build=build,
     describe=describe,
+    columns=COLUMNS,
 )

@@ -41,16 +41,14 @@ def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
         "scores": table([{"measure": name, "base": base[name], "tuned": tuned[name]} for name in measured]),
         "scores by data set": dg.MetadataValue.md(markdown(dict(metrics))),
         **{f"tuned {name}": dg.MetadataValue.float(tuned[name]) for name in measured},
-        "answers": dg.MetadataValue.md("\n\n---\n\n".join(_sample(sample) for sample in metrics["samples"])),
+        "answers": table([_sample(sample) for sample in metrics["samples"]]),
         "compared": dg.MetadataValue.text(metrics["compared"]),
     }
 
 
-def _sample(sample: Mapping) -> str:
-    question = sample["messages"][-1]["content"]
-    lines = [("asked", question), ("expected", sample["label"])]
-    lines += [(side, sample[side]["answer"]) for side in SIDES]
-    return "\n\n".join(f"**{title}** {text}" for title, text in lines)
+def _sample(sample: Mapping) -> dict[str, str]:
+    answers = {side: sample[side]["answer"] for side in SIDES}
+    return {"asked": sample["messages"][-1]["content"], "expected": sample["label"], **answers}
 
 
 EVAL_METRICS = StepAsset(

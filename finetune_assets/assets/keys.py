@@ -1,15 +1,15 @@
-"""The Dagster names of a lineage's nodes, and the tags with the versions that an asset read."""
+"""The Dagster names of a lineage's nodes, their place, and the tags with the versions that an asset read."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import dagster as dg
 
-from finetune_assets.assets.mount import HOME, Mount
 from finetune_assets.lineage.readings import FILES, Reading
 from finetune_assets.recipe import DATASETS, Recipe
 
@@ -19,6 +19,34 @@ READ = "dagster/input_data_version/"
 PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,47}")  # recipe names that Dagster accepts unchanged
 ASCII_OR_ONE = re.compile(r"[\x00-\x7f]+|[^\x00-\x7f]")
 LONGEST_WORD = 60
+
+
+@dataclass(frozen=True)
+class Mount:
+    """How a recipe's chain stands in a Dagster project. The defaults are those of this repository's own project.
+
+    Args:
+        prefix: parts of every asset key before the recipe's name; jobs, sensors and schedules begin with them too.
+        group: the asset group of the eight assets; the recipe's name if not given.
+        owners: of every node, in place of the default ones.
+        tags: of every node, besides its own.
+        gpu: the key of the resource that says where to compute.
+        own_datasets: the data sets are nodes of this chain alone, not shared with other recipes.
+        read: reads the recipe as it is now; not given, its file in `configs/` is read.
+    """
+
+    prefix: tuple[str, ...] = ()
+    group: str | None = None
+    owners: tuple[str, ...] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    gpu: str = "gpu"
+    own_datasets: bool = False
+    read: Callable[[], Recipe] | None = None
+
+
+OWNERS = ("team:fine-tuning",)
+HOME = Mount()
+"""The project that loads the recipes of its own `configs/`."""
 
 
 def word_of(recipe: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import dagster as dg
 
-from finetune_assets.assets.step_asset import StepAsset, figure
+from finetune_assets.assets.step_asset import StepAsset, figure, table
 from finetune_assets.chat.template_limits import prove_folder
 from finetune_assets.data.rows import read_split
 from finetune_assets.export.preflight.exportable import check_exportable
@@ -17,6 +19,7 @@ from finetune_assets.worker.tasks.train import Train
 from resources.gpu import POOL
 
 LOOKS = ["loss.png", "training_log.jsonl"]  # for people only; they are not part of the trained weights
+LISTED = 10  # steps whose loss is in the table
 TRIED_ROWS = 50  # rows of the train split that the chat template is tested with
 FIGURES = {
     "final loss": "final_loss",
@@ -62,9 +65,21 @@ def build(step: Step) -> Made:
 def describe(artifact: Artifact) -> Mapping[str, dg.MetadataValue]:
     facts = artifact.metrics
     return {
+        "loss by step": table(_losses(artifact.path / "training_log.jsonl")),
         "loss curve": dg.MetadataValue.md(embedded(artifact.path / "loss.png", "loss curve")),
         **{title: figure(facts[key]) for title, key in FIGURES.items() if facts.get(key) is not None},
     }
+
+
+def _losses(log: Path) -> list[dict[str, float]]:
+    """Return some steps with their losses, the first and the last among them: the picture takes a click."""
+    entries = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    steps = [entry for entry in entries if entry["event"] == "step" and entry.get("loss") is not None]
+    stride = -(-len(steps) // LISTED)
+    chosen = steps[::-stride][::-1] if steps else []
+    if chosen and chosen[0] is not steps[0]:
+        chosen.insert(0, steps[0])
+    return [{"step": entry["step"], "loss": round(entry["loss"], 4)} for entry in chosen]
 
 
 LORA_ADAPTER = StepAsset(

@@ -9,8 +9,8 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.checks import check_results, check_specs, failed_checks
-from finetune_assets.assets.keys import asset_key, group_name, read_tags, source_keys, word_of
-from finetune_assets.assets.mount import HOME, OWNERS, Mount
+from finetune_assets.assets.keys import HOME, OWNERS, Mount, asset_key, group_name, read_tags, source_keys, word_of
+from finetune_assets.assets.node_metadata import code_reference, freshness, values_listing
 from finetune_assets.export.serving_commands import commands as serving_commands
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.materialise import Step, materialise
@@ -31,6 +31,7 @@ from resources.gpu import GpuResource
 from resources.worker_pipes import run_worker
 
 FORCE_TAG = "finetune/force"
+LAST = "ollama_model"  # what is served: its age says whether the whole chain keeps to its schedule
 LOG_EVERY = 10.0  # seconds: shortest time between two progress lines in Dagster's log
 
 
@@ -42,6 +43,7 @@ class StepAsset:
         pool: the Dagster pool that limits how many runs use a device at the same time.
         build: writes the artifact to `step.staging`; calls one ML room.
         describe: returns the artifact's metadata for the asset page.
+        columns: the schema of the rows of a table.
     """
 
     name: str
@@ -50,6 +52,7 @@ class StepAsset:
     pool: str | None = field(default=None, kw_only=True)
     build: Callable[[Step], Made]
     describe: Callable[[Artifact], Mapping[str, dg.MetadataValue]]
+    columns: dg.TableSchema | None = field(default=None, kw_only=True)
 
 
 def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.AssetsDefinition:
@@ -63,7 +66,9 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
         description=_description(spec, recipe),
         kinds=spec.kinds,
         owners=list(mount.owners or OWNERS),
-        tags=mount.tags,
+        tags={"recipe": word_of(recipe.name), **mount.tags},
+        metadata={**code_reference(spec.build), **({"dagster/column_schema": spec.columns} if spec.columns else {})},
+        freshness_policy=freshness(recipe.schedule) if spec.name == LAST else None,
         code_version=node.code_version,
         required_resource_keys={mount.gpu},
         pool=spec.pool,
@@ -90,7 +95,8 @@ def define(spec: StepAsset, recipe: Recipe, project: Project, mount: Mount = HOM
 
 def _description(spec: StepAsset, recipe: Recipe) -> str:
     named = word_of(recipe.name) == recipe.name
-    return spec.description if named else f"{spec.description} Recipe: {recipe.name}."
+    text = spec.description if named else f"{spec.description} Recipe: {recipe.name}."
+    return f"{text}\n\n{values_listing(NODES[spec.name], recipe)}"
 
 
 def _run(
@@ -154,7 +160,7 @@ def _described(spec: StepAsset, artifact: Artifact) -> Mapping[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
     """Return a metadata table; its columns are the keys of the first row."""
-    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows])
+    return dg.MetadataValue.table([dg.TableRecord(dict(row)) for row in rows], None if rows else dg.TableSchema([]))
 
 
 def figure(value: Any) -> dg.MetadataValue:

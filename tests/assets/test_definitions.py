@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 
 import dagster as dg
+import pytest
 
 from finetune_assets.assets.keys import word_of
 from finetune_assets.definitions import load_definitions
@@ -25,7 +27,44 @@ def test_the_lineage_is_the_one_of_the_graph(mini: MiniProject):
         assert {key.to_user_string() for key in found.parent_keys} == sources | upstreams
         assert found.group_name == "mini"
         assert found.description and found.owners and found.kinds
+        assert found.tags["recipe"] == "mini"
+        (reference,) = found.metadata["dagster/code_references"].value.code_references
+        assert reference.file_path.endswith(f"assets/{node.name}.py") and reference.line_number
         assert found.code_version == node.code_version
+
+
+def test_each_description_has_the_recipe_values_with_defaults_marked(mini: MiniProject):
+    graph = load_definitions(mini).resolve_asset_graph()
+    for name in ("lora_adapter", "lora_adapter_config"):
+        description = str(graph.get(dg.AssetKey(["mini", name])).description)
+        assert "| train.learning_rate | `0.001` |" in description
+        assert "| train.lora_rank | *8 (default)* |" in description
+
+
+def test_owners_are_those_of_the_project(mini: MiniProject):
+    (mini.root / "pyproject.toml").write_text('[tool.finetune-assets]\nowners = ["team:chat", "ana@example.com"]')
+    graph = load_definitions(mini).resolve_asset_graph()
+    assert {tuple(sorted(node.owners)) for node in graph.asset_nodes} == {("ana@example.com", "team:chat")}
+
+
+def test_rows_have_a_schema(mini: MiniProject):
+    metadata = load_definitions(mini).resolve_asset_graph().get(dg.AssetKey(["mini", "dataset_info"])).metadata
+    assert [column.name for column in metadata["dagster/column_schema"].columns] == ["id", "dataset", "messages"]
+
+
+@pytest.mark.parametrize(("cron", "hours"), [("0 3 * * *", 24), ("0 3 * * 1-5", 72), ("0 0 1 * *", 31 * 24)])
+def test_a_schedule_says_how_fresh_what_is_served_has_to_be(mini: MiniProject, cron: str, hours: int):
+    def policy() -> dg.FreshnessPolicy | None:
+        graph = load_definitions(mini).resolve_asset_graph()
+        assert graph.get(dg.AssetKey(["mini", "gguf_file"])).freshness_policy is None
+        return graph.get(dg.AssetKey(["mini", "ollama_model"])).freshness_policy
+
+    assert policy() is None
+    mini.edit(schedule={"cron": cron})
+    expected = timedelta(hours=hours)
+    assert policy() == dg.FreshnessPolicy.time_window(
+        fail_window=2 * expected + timedelta(hours=1), warn_window=expected + timedelta(hours=1)
+    )
 
 
 def test_data_files_and_recipe_values_are_observable_nodes(mini: MiniProject):

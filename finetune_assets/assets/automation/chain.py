@@ -9,8 +9,7 @@ import dagster as dg
 from finetune_assets.assets.all_assets import STEPS
 from finetune_assets.assets.automation.sensors import failure_sensor, observe_sensor, retrain_sensor, schedule
 from finetune_assets.assets.automation.sources import dataset_nodes, values_nodes
-from finetune_assets.assets.keys import asset_key, job_name
-from finetune_assets.assets.mount import HOME, Mount
+from finetune_assets.assets.keys import HOME, Mount, asset_key, job_name
 from finetune_assets.assets.step_asset import define
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.project import Project
@@ -37,9 +36,11 @@ def recipe_definitions(recipe: Recipe, project: Project, mount: Mount = HOME) ->
     )
 
 
-def shared_definitions(recipes: Sequence[Recipe], project: Project) -> dg.Definitions:
+def shared_definitions(recipes: Sequence[Recipe], project: Project, mount: Mount = HOME) -> dg.Definitions:
     """Return the definitions that exist once for all recipes."""
-    return dg.Definitions(assets=dataset_nodes(recipes, project), sensors=[observe_sensor(project), failure_sensor()])
+    return dg.Definitions(
+        assets=dataset_nodes(recipes, project, mount), sensors=[observe_sensor(project), failure_sensor()]
+    )
 
 
 def bound(*chains: dg.Definitions) -> dg.Definitions:

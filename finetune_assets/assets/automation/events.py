@@ -17,14 +17,15 @@ from finetune_assets.assets.checks import check_evaluations
 from finetune_assets.assets.keys import (
     CODE_VERSION,
     DATA_VERSION,
+    HOME,
     READ,
+    Mount,
     asset_key,
     read_tags,
     source_versions,
     values_key,
 )
-from finetune_assets.assets.mount import HOME, Mount
-from finetune_assets.assets.step_asset import page
+from finetune_assets.assets.step_asset import StepAsset, page
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.identity import shown
 from finetune_assets.lineage.readings import Observed
@@ -47,17 +48,25 @@ def pending_events(observed: Observed, instance: DagsterInstance, mount: Mount =
         artifact = observed.plan[step.name].artifact
         if artifact is None:
             continue
-        key = asset_key(observed.recipe, step.name, mount)
-        tags = _up_to_date_with(step.name, artifact, observed, mount)
-        record = instance.get_latest_materialization_event(key)
-        if _differs(record.asset_materialization if record else None, tags):
-            events.append(
-                dg.AssetMaterialization(
-                    key, metadata=page(step, artifact, observed.recipe, observed.project, reused=True), tags=tags
-                )
-            )
-            events += check_evaluations(step.name, observed.recipe, artifact, key)
+        event = _materialisation(step, artifact, observed, mount)
+        record = instance.get_latest_materialization_event(event.asset_key)
+        if _differs(record.asset_materialization if record else None, event.tags):
+            events += [event, *check_evaluations(step.name, observed.recipe, artifact, event.asset_key)]
     return events
+
+
+def confirmation(observed: Observed, mount: Mount = HOME) -> dg.AssetMaterialization | None:
+    """Return the event that says once more that what is served is up to date: its freshness policy counts from it."""
+    step, artifact = STEPS[-1], observed.plan[STEPS[-1].name].artifact
+    return _materialisation(step, artifact, observed, mount) if artifact else None
+
+
+def _materialisation(step: StepAsset, artifact: Artifact, observed: Observed, mount: Mount) -> dg.AssetMaterialization:
+    return dg.AssetMaterialization(
+        asset_key(observed.recipe, step.name, mount),
+        metadata=page(step, artifact, observed.recipe, observed.project, reused=True),
+        tags=_up_to_date_with(step.name, artifact, observed, mount),
+    )
 
 
 def observations(observed: Observed, mount: Mount = HOME) -> Iterator[dg.AssetObservation]:

@@ -10,10 +10,9 @@ from functools import partial
 import dagster as dg
 from dagster import DagsterInstance, DagsterRun, RunsFilter
 
-from finetune_assets.assets.automation.events import Event, pending_events
+from finetune_assets.assets.automation.events import Event, confirmation, pending_events
 from finetune_assets.assets.automation.sources import recipe_now
-from finetune_assets.assets.keys import asset_key, chain_key, job_name, stem
-from finetune_assets.assets.mount import HOME, Mount
+from finetune_assets.assets.keys import HOME, Mount, asset_key, chain_key, job_name, stem
 from finetune_assets.lineage.readings import Observed, observe
 from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.file import load_recipe, recipe_files, recipe_name
@@ -83,7 +82,11 @@ def schedule(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.Schedu
     def at_its_time(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         end_dead_runs(context.instance)
         observed = observe(recipe_now(recipe, project, mount), project)
-        return request(observed, mount) if observed.stale else dg.SkipReason("everything is up to date")
+        if observed.stale:
+            return request(observed, mount)
+        if (event := confirmation(observed, mount)) is not None:
+            context.instance.report_runless_asset_event(event)
+        return dg.SkipReason("everything is up to date")
 
     return at_its_time
 

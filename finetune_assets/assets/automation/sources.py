@@ -11,8 +11,8 @@ from typing import Any
 import dagster as dg
 
 from finetune_assets.assets.automation.events import observations
-from finetune_assets.assets.keys import DATA_VERSION, file_key, group_name, stem, values_key
-from finetune_assets.assets.mount import HOME, OWNERS, Mount
+from finetune_assets.assets.keys import DATA_VERSION, HOME, OWNERS, Mount, file_key, group_name, stem, values_key
+from finetune_assets.assets.node_metadata import values_listing
 from finetune_assets.lineage.graph import NODES
 from finetune_assets.lineage.readings import observe
 from finetune_assets.recipe import DATASETS, Recipe
@@ -27,7 +27,8 @@ def values_nodes(recipe: Recipe, project: Project, mount: Mount = HOME) -> dg.As
     specs = [
         dg.AssetSpec(
             values_key(recipe, node.name, mount),
-            description=f"Recipe values that `{node.name}` reads: {', '.join(f'`{read}`' for read in node.reads)}.",
+            description=f"The recipe values that `{node.name}` reads, as they were when the code location was loaded. "
+            f"Each observation has those of its moment.\n\n{values_listing(node, recipe)}",
             group_name=f"{group_name(recipe, mount)}_config",
             kinds={"yaml"},
             owners=list(mount.owners or OWNERS),
