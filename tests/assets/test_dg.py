@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,9 @@ def _jobs(address: str) -> list[str]:
     with urllib.request.urlopen(request, timeout=60) as response:
         answer: Any = json.load(response)
     return [job["name"] for node in answer["data"]["repositoriesOrError"]["nodes"] for job in node["jobs"]]
+
+
+def test_uv_takes_the_versions_that_pip_takes():
+    pins = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    settings = tomllib.loads((REPOSITORY / "uv.toml").read_text())
+    assert settings["constraint-dependencies"] == [pin for pin in pins if pin and not pin.startswith("#")]
