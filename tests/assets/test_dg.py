@@ -12,11 +12,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import dagster
 import pytest
 
 from docs.screenshots import webserver
 from finetune_assets.lineage.graph import NODES
 from tests.conftest import REPOSITORY, MiniProject
+from tests.support.dagster_internals import CHECKED_ON
 
 DG = str(Path(sys.executable).with_name("dg"))
 
@@ -64,6 +66,10 @@ def test_dg_dev_serves_the_code_location(tmp_path: Path):
     shutil.copyfile(REPOSITORY / "dagster_home" / "dagster.yaml", tmp_path / "dagster.yaml")
     with webserver(REPOSITORY, tmp_path, command=[DG, "dev", "--use-active-venv"]) as address:
         assert "demo_job" in _jobs(address)
+
+
+def test_private_names_of_dagster_were_checked_on_this_release():
+    assert dagster.__version__ == CHECKED_ON, "look at the names in tests/support/dagster_internals.py again"
 
 
 def _jobs(address: str) -> list[str]:

@@ -9,4 +9,6 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 from dagster._core.scheduler.instigation import InstigatorTick
 
-__all__ = ["CachingStaleStatusResolver", "InstigatorTick", "LoadingContextForTest"]
+CHECKED_ON = "1.13.27"  # the release of Dagster on which these names were last looked at
+
+__all__ = ["CHECKED_ON", "CachingStaleStatusResolver", "InstigatorTick", "LoadingContextForTest"]
