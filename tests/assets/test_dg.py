@@ -84,5 +84,5 @@ def _jobs(address: str) -> list[str]:
 
 def test_uv_takes_the_versions_that_pip_takes():
     pins = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    settings = tomllib.loads((REPOSITORY / "uv.toml").read_text())
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["uv"]
     assert settings["constraint-dependencies"] == [pin for pin in pins if pin and not pin.startswith("#")]
