@@ -95,7 +95,7 @@ def row_of(name: str, published_text: str, folder: Path) -> tuple[Row, Proof | N
 
 
 def totals(rows: list[Row]) -> str:
-    """The line under the table."""
+    """Return the line under the table."""
     good = sum(row.template.startswith("equal") for row in rows)
     jinja = sum(row.jinja.startswith("equal") for row in rows)
     refused = sum("refused" in row.template + row.jinja for row in rows)
@@ -121,7 +121,7 @@ def serve_bytes(client: Any, folder: Path) -> None:
 
 
 def counted(client: Any, template: str, proof: Proof) -> str | None:
-    """The first conversation of which a real server reads another number of bytes than training's prompt has."""
+    """Return the first conversation for which a real server counts other bytes than training's prompt has."""
     client.create(model="letters", from_="bytes", template=proof.template.text)
     for talk in ordinary():
         told = (
@@ -135,7 +135,7 @@ def counted(client: Any, template: str, proof: Proof) -> str | None:
 
 
 def ordinary() -> list[list[dict[str, str]]]:
-    """The ordinary conversations of the battery."""
+    """Return the ordinary conversations of the battery."""
     return [talk for kind, talk in battery() if kind == ORDINARY]
 
 
@@ -144,7 +144,7 @@ def _says(proof: Proof, words: str) -> bool:
 
 
 def _bytes(prompt: str) -> list[int]:
-    """The tokens of a prompt: <s> and </s>, else bytes."""
+    """Return the tokens of a prompt: <s> and </s>, else bytes."""
     for number, text in enumerate(SPECIALS.values()):
         prompt = prompt.replace(text, chr(number))
     return [*prompt.encode()]

@@ -189,7 +189,7 @@ class FinetuneRecipe(dg.Component, dg.Resolvable):
 
 
 def _recipes(tree: dg.ComponentTree) -> list[Recipe]:
-    """The recipes of a Dagster project's components; one that cannot be read reports that by itself."""
+    """Return the recipes of a Dagster project's components; one that cannot be read reports that by itself."""
     recipes = []
     for component in tree.get_all_components(FinetuneRecipe):
         with contextlib.suppress(BadInput):

@@ -230,7 +230,7 @@ def failed_checks(asset: str, recipe: Recipe, message: str, key: dg.AssetKey) ->
 
 
 def _failures(message: str) -> dict[str, str]:
-    """The checks that an error names, and what each of them found."""
+    """Return the checks that an error names, and the finding of each."""
     failures: dict[str, str] = {}
     kind = ""
     for line in message.splitlines():

@@ -42,6 +42,6 @@ def dotted(location: Location) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as Python writes it, of at most a line."""
+    """Return a value as Python writes it, in at most one line."""
     text = repr(value)
     return text if len(text) < LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."

@@ -31,7 +31,7 @@ class Chat:
 
     Attributes:
         default_system: put in front of conversations that bring no system message.
-        stop_token_ids: each ends an answer, and is no part of it.
+        stop_token_ids: each ends an answer and does not belong to it.
     """
 
     tokenizer: PreTrainedTokenizerBase

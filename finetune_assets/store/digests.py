@@ -85,7 +85,7 @@ class DigestCache:
 
 
 def digest_of_source(path: Path, digests: DigestCache) -> str:
-    """The sha256 (hex) of a file that people or hubs gave us.
+    """Return the sha256 (hex) of a file that people or hubs provide.
 
     Raises:
         BadInput: it cannot be read.

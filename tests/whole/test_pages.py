@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from docs.pages import PAGES
+from finetune_assets.lineage.graph import NODES
+from finetune_assets.lineage.node import Node
+from finetune_assets.recipe import Recipe
 from finetune_assets.recipe.gguf_types import TYPES
 from tests.conftest import REPOSITORY
 
@@ -17,6 +20,7 @@ pytestmark = pytest.mark.fast
 MARKDOWN = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
 PATH = re.compile(r"`((?:finetune_assets|resources|tests|docs|bench)/[\w./]*|\w+/[\w./]*\.py)`")
+SECTIONS = set(Recipe.model_fields)
 ROOTS = (REPOSITORY, REPOSITORY / "finetune_assets")
 
 
@@ -41,6 +45,21 @@ def test_a_dead_link_is_found(tmp_path: Path) -> None:
 
 def test_the_readme_counts_the_types() -> None:
     assert f"a table of all {len(TYPES)} types" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("node", NODES.values(), ids=NODES)
+def test_the_page_on_identity_names_what_an_asset_reads(node: Node) -> None:
+    text = (REPOSITORY / "docs" / "identity.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{node.name}` |"))
+    _, _, values, sources, upstreams, _ = (cell.strip() for cell in row.split("|"))
+    # a key without its section belongs to the section of the key before it
+    keys, section = [], ""
+    for key in re.findall(r"`([\w.]+)`", values):
+        section = key.rpartition(".")[0] or section
+        keys.append(key if "." in key or key in SECTIONS else f"{section}.{key}")
+    assert keys == list(node.reads)
+    assert set(node.tools()) <= set(re.split(r"[, ]+", sources))
+    assert set(re.findall(r"`(\w+)`", upstreams)) == {upstream.asset for upstream in node.upstreams}
 
 
 def _dead_ends(page: Path) -> Iterator[str]:

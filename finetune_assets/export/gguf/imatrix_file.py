@@ -85,7 +85,7 @@ def read_inputs(file: Path) -> dict[str, Inputs]:
 
 
 def read_imatrix(file: Path) -> Imatrix:
-    """The importance matrix to quantise with: the mean squares, as llama-quantize takes them from this file.
+    """Return the importance matrix to quantise with: mean squares, as llama-quantize reads them from this file.
 
     Raises:
         StepFailed: not a GGUF file, or cut short.
@@ -102,7 +102,7 @@ def read_imatrix(file: Path) -> Imatrix:
 
 
 def facts(file: Path, made: Path) -> dict[str, Any]:
-    """What an importance matrix is made of, and which tensors of a quantised file it says nothing of.
+    """Return what an importance matrix was computed from, and the quantised tensors that it does not cover.
 
     Returns:
         conversations, tokens: that were read; entries: matrices with statistics; unused_experts: of them all, those
