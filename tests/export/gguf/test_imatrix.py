@@ -210,7 +210,7 @@ def test_the_same_rows_give_the_same_bytes_in_any_process(
 @pytest.mark.parametrize(
     ("imatrix_", "words"),
     [
-        ("test", "gguf.imatrix: the test rows are what the files are measured by"),
+        ("test", "gguf.imatrix: the test split measures the files"),
         ("validation", "gguf.imatrix is validation, but dataset.val_size is 0"),
         ("all", "gguf.imatrix: input should be 'train' or 'validation', not 'all'"),
     ],

@@ -109,7 +109,7 @@ def test_what_is_made_again_and_what_is_kept(exports: Exports) -> None:
     assert content[0] != content[1]
     assert weighed.metrics["types"]["f32"] == plain.metrics["types"]["f32"], "nor measured again"
     assert [text for text in exports.said if text.startswith("proving")] == ["proving q4_0 (3 of 3)"]
-    assert any(text.startswith("q4_0: its rounding (") for text in exports.said)
+    assert any(text.startswith("q4_0: its quantisation error (") for text in exports.said)
     facts = weighed.metrics["imatrix"]
     assert facts | {"tokens": 0} == {
         "rows": "train", "conversations": 8, "tokens": 0, "entries": 14, "unused_experts": 0,

@@ -205,7 +205,7 @@ def test_names_move_one_by_one_and_are_what_the_server_calls_them(
         monkeypatch.setattr(Client, "copy", then_fail)
         with pytest.raises(StepFailed, match="refused Capital: no luck") as caught:
             put(proxy.host, plain, other, replies={model.name: reply for model in (plain, other)})
-    assert str(caught.value.hint).startswith("it serves the new Capital:latest, and no other of the new models; put")
+    assert str(caught.value.hint).startswith("it serves the new Capital:latest, and no other of the new models; fix")
     assert {name for name in ollama_server.digests(host) if "capital" in name} == {"capital:latest"}, "none is staged"
     before = digest(host, "capital")
     made = put(host, other, replies={other.name: reply}, retired={"library/CAPITAL:latest": before or ""})[other.name]

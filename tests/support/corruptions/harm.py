@@ -35,4 +35,4 @@ class Harm(Generic[T]):
 def named(error: StepFailed) -> set[str]:
     """The checks that a failure of a step names; what cannot be read at all is named by its format."""
     found = set(re.findall(r"^  check ([a-z ]+): ", error.message, re.MULTILINE))
-    return found or ({"safetensors"} if ".safetensors cannot be read" in error.message else set())
+    return found or ({"safetensors"} if re.search(r"cannot read .*\.safetensors: ", error.message) else set())
