@@ -105,7 +105,7 @@ def named(chain: Chain, target: str) -> psutil.Process | None:
         except psutil.NoSuchProcess:
             continue
         is_guard = "guard.py" in line
-        if is_guard if target == "guard" else "process.worker" in line and not is_guard:
+        if is_guard if target == "guard" else "finetune_assets.worker" in line and not is_guard:
             return process
     return None
 
