@@ -8,6 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune_assets.machine.device import Device
+from finetune_assets.recipe import ModelSection
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -89,3 +92,15 @@ def write_rows(path: Path, conversations: Sequence[list[dict[str, str]]]) -> Pat
             row = {"id": f"{number:016x}", "dataset": "test", "messages": messages}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return path
+
+
+CPU = Device("cpu", "fp32", "test CPU", 8.0)
+MODEL = ModelSection.model_validate({"model_name_or_path": "org/tiny", "default_system": "You are kind."})
+ROWS = [
+    chat("Who are you?", "I am Mizan."),
+    chat("你是谁？", "我是米赞。"),
+    chat("What is the capital of France?", "Paris."),
+    chat("Hi", "Hello!", "What is your name?", "Mizan."),
+    chat("Say it all: " + "helpful assistant " * 12, "I am Mizan, a helpful assistant."),
+    chat("Thanks", "You are welcome."),
+]

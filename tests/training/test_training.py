@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from finetune_assets.machine.device import Device, choose_device
-from finetune_assets.recipe import ModelSection, TrainSection
+from finetune_assets.machine.device import choose_device
+from finetune_assets.recipe import TrainSection
 from finetune_assets.reporting.errors import BadInput, StepFailed
 from finetune_assets.training.monitor import curve
 from finetune_assets.training.monitor.log import Log
@@ -19,18 +19,8 @@ from finetune_assets.training.stages import sft
 from finetune_assets.worker import launch
 from finetune_assets.worker.protocol import read_task
 from tests.support.events import json_into
-from tests.support.training_fixtures import chat, tiny_base, write_rows
+from tests.support.training_fixtures import CPU, MODEL, ROWS, chat, tiny_base, write_rows
 
-CPU = Device("cpu", "fp32", "test CPU", 8.0)
-MODEL = ModelSection.model_validate({"model_name_or_path": "org/tiny", "default_system": "You are kind."})
-ROWS = [
-    chat("Who are you?", "I am Mizan."),
-    chat("你是谁？", "我是米赞。"),
-    chat("What is the capital of France?", "Paris."),
-    chat("Hi", "Hello!", "What is your name?", "Mizan."),
-    chat("Say it all: " + "helpful assistant " * 12, "I am Mizan, a helpful assistant."),
-    chat("Thanks", "You are welcome."),
-]
 FAST: dict[str, Any] = {
     "lora_rank": 4,
     "learning_rate": 0.01,

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.export_fixtures import converted, talkative, tiny_base
-
-
-@pytest.fixture(scope="module")
-def one_thread_each(one_thread: None) -> Iterator[None]:
-    """llama.cpp's threads wait for one another by spinning."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -56,9 +56,7 @@ from tests.support.export_fixtures import (
     CHAT,
     as_merged,
     gguf_files,
-    held_out_rows,
     lively,
-    opinionated,
     tiny_adapter,
     tiny_base,
     tiny_tokenizer,
@@ -70,25 +68,10 @@ HELD = ("f16", "q4_k_m")  # types that every harm is done to
 NOT_ASKED = Expected("Hi", 1, "", 0, False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
-    """llama.cpp's threads wait for one another by spinning."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return held_out_rows(tmp_path_factory.mktemp("data") / "test.jsonl")
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 
 # GGUF files
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +25,9 @@ from finetune_assets.models.loading import load_chat, suited
 from finetune_assets.reporting.errors import StepFailed
 from finetune_assets.store.digests import digest_of_file
 from tests.support.corruptions.files import flip
-from tests.support.export_fixtures import gguf_files, held_out_rows, opinionated
+from tests.support.export_fixtures import gguf_files
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_llama_cpp_thread(one_thread: None) -> Iterator[None]:
-    """llama.cpp's threads wait for one another by spinning."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune_assets.models.engines.llama_cpp_engine.cores", lambda: 1)
-        yield
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return held_out_rows(tmp_path_factory.mktemp("data") / "test.jsonl")
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated(tmp_path_factory)
+pytestmark = pytest.mark.usefixtures("one_thread_each")
 
 
 @pytest.fixture(scope="module")

@@ -10,22 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finetune_assets.machine.device import Device
-from finetune_assets.recipe import ModelSection, TrainSection
+from finetune_assets.recipe import TrainSection
 from finetune_assets.training.stages.by_name import STAGES
-from tests.support.training_fixtures import chat, tiny_base, write_rows
+from tests.support.training_fixtures import CPU, MODEL, ROWS, tiny_base, write_rows
 
 RECORD = Path(__file__).resolve().parents[2] / "fixtures" / "loss_series.json"
-CPU = Device("cpu", "fp32", "test CPU", 8.0)
-MODEL = ModelSection.model_validate({"model_name_or_path": "org/tiny", "default_system": "You are kind."})
-ROWS = [
-    chat("Who are you?", "I am Mizan."),
-    chat("你是谁？", "我是米赞。"),
-    chat("What is the capital of France?", "Paris."),
-    chat("Hi", "Hello!", "What is your name?", "Mizan."),
-    chat("Say it all: " + "helpful assistant " * 12, "I am Mizan, a helpful assistant."),
-    chat("Thanks", "You are welcome."),
-]
 COMMON: dict[str, Any] = {
     "lora_rank": 4,
     "learning_rate": 0.01,
